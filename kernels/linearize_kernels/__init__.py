@@ -1,0 +1,7 @@
+"""Attention operations of linearize. `reference` holds the definition; fast kernels stand beside it."""
+
+from .feature_maps import FEATURE_MAPS
+from .reference import attention_chunked, attention_quadratic
+from .state import State
+
+__all__ = ["FEATURE_MAPS", "State", "attention_chunked", "attention_quadratic"]
