@@ -25,10 +25,6 @@ class DataError(LinearizeError):
     """The training text is missing, empty, too short or has other columns."""
 
 
-class CacheError(LinearizeError):
-    """A cache or mask that linearized layers cannot use was handed to the model."""
-
-
 class TrainingError(LinearizeError):
     """Training cannot go on: a loss is not finite, or a checkpoint belongs to another recipe."""
 

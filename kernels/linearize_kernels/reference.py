@@ -111,6 +111,13 @@ def attention_chunked(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, fe
     return out, _advance(past, new, features, log_decay) if return_state else None
 
 
+def attention_reference(q, *args, chunk=64, **options):
+    """`attention_quadratic` for at most two chunks of new tokens, `attention_chunked` beyond: whichever is cheaper."""
+    if q.shape[2] <= 2 * chunk:
+        return attention_quadratic(q, *args, **options)
+    return attention_chunked(q, *args, **options, chunk=chunk)
+
+
 def _combine(q, k, v, q_far, k_far, gate, *, exact, far, distance, total, sees_total, scaling, features, log_decay,
              softcap, sink_logits):  # fmt: skip
     """One softmax-like average over exact keys, far keys and the sum of older ones.
@@ -177,7 +184,7 @@ def _past(k, v, k_far, state, segments, *, features, window, sinks) -> State:
     """The given state, or one that has seen nothing."""
     if state is None:
         return State.empty(
-            k, v, k_far, num_features=features.num_features(k_far.shape[-1]), sinks=sinks, ring=window - 1
+            k, v, k_far, num_features=features.num_features(k_far.shape[-1]), sinks=sinks, ring=max(window - 1, 0)
         )
     assert segments is None, "packed rows have no common past"
     assert state.num_sinks == sinks and state.ring_k.shape[2] >= window - 1, "a state of another layout"

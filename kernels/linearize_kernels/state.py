@@ -87,6 +87,21 @@ class State:
             length=self.length - gone,
         )
 
+    def with_more_ring(self, num_slots: int) -> "State":
+        """The same past with `num_slots` more ring slots, empty ones before the oldest."""
+
+        def grow(x, dim):
+            shape = [*x.shape[:dim], num_slots, *x.shape[dim + 1 :]]
+            return torch.cat([x.new_zeros(shape), x], dim)
+
+        return replace(
+            self,
+            ring_k=grow(self.ring_k, 2),
+            ring_v=grow(self.ring_v, 2),
+            ring_far=grow(self.ring_far, 2),
+            ring_valid=grow(self.ring_valid, 1),
+        )
+
     def num_bytes(self) -> int:
         """Bytes of all tensors, the whole batch."""
         return sum(t.numel() * t.element_size() for t in (getattr(self, f.name) for f in fields(self)))

@@ -1,0 +1,103 @@
+"""What a converted layer learns, and how it turns queries, keys and values into an output.
+
+B batch, T time, H query heads, G kv heads, M heads of the far term (G, or H with a map per query head),
+D head dim, V value dim, d map dim
+"""
+
+import torch
+from torch import nn
+
+try:
+    from linearize_kernels import FEATURE_MAPS, State
+    from linearize_kernels import attention as hybrid_attention
+except ModuleNotFoundError as error:  # an exported folder carries the reference beside this file
+    if error.name != "linearize_kernels":
+        raise
+    from .feature_maps import FEATURE_MAPS
+    from .reference import attention_reference as hybrid_attention
+    from .state import State
+
+
+class LinearAttention(nn.Module):
+    """The learned part of a layer: maps, key centre and far gate; all parameters are float32.
+
+    far weight of key j for query i:  exp(gate_bias + gate_weight·q_i) f(q_map q_i, k_map (k_j - key_center))
+
+    The gate carries exp(scaling · q·k̄), which costs no state; the series only has to carry what is left.
+    """
+
+    def __init__(self, *, num_heads, num_kv_heads, head_dim, window, sinks, feature_map, map_dim, per, decay):
+        super().__init__()
+        far_heads = num_kv_heads if per == "kv_head" else num_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.window, self.sinks, self.feature_map = window, sinks, feature_map
+        self.far_enabled = True  # False: window and sinks alone (an ablation, never saved)
+        float32 = {"dtype": torch.float32}
+        self.q_map = nn.Parameter(torch.empty(num_heads, head_dim, map_dim, **float32))
+        self.k_map = nn.Parameter(torch.empty(far_heads, head_dim, map_dim, **float32))
+        self.key_center = nn.Parameter(torch.empty(far_heads, head_dim, **float32))
+        self.gate_weight = nn.Parameter(torch.empty(num_heads, head_dim, **float32))
+        self.gate_bias = nn.Parameter(torch.empty(num_heads, **float32))
+        self.decay_logit = nn.Parameter(torch.empty(far_heads, **float32)) if decay else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random maps, no centre, a small constant gate; calibration replaces all of it."""
+        std = self.head_dim**-0.5
+        self.q_map.normal_(std=std)
+        self.k_map.normal_(std=std)
+        self.key_center.zero_()
+        self.gate_weight.zero_()
+        self.gate_bias.fill_(-4.0)
+        if self.decay_logit is not None:
+            self.decay_logit.fill_(-8.0)  # a decay of 0.0003 a token
+
+    @property
+    def log_decay(self) -> torch.Tensor | None:
+        """[M] log of the far term's decay a token, below 0; None without decay."""
+        return None if self.decay_logit is None else -nn.functional.softplus(self.decay_logit)
+
+    def project(self, q, k):
+        """q [B, H, T, D], k [B, G, T, D] -> mapped q [B, H, T, d], mapped k [B, M, T, d], gate [B, H, T]."""
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        q, k = q.to(dtype), k.to(dtype)
+        if self.k_map.shape[0] != k.shape[1]:
+            k = k.repeat_interleave(self.k_map.shape[0] // k.shape[1], 1)
+        q_far = q @ self.q_map.to(dtype)
+        k_far = (k - self.key_center.to(dtype)[:, None]) @ self.k_map.to(dtype)
+        gate = (q * self.gate_weight.to(dtype)[:, None]).sum(-1) + self.gate_bias.to(dtype)[:, None]
+        return q_far, k_far, gate
+
+    def forward(self, q, k, v, *, scaling, valid=None, segments=None, softcap=None, sink_logits=None, state=None,
+                return_state=False):  # fmt: skip
+        """q [B, H, T, D], k [B, G, T, D], v [B, G, T, V] after norms and rotary -> (out [B, H, T, V], State or None).
+
+        valid [B, T] bool marks tokens that are not padding; segments [B, T] int numbers packed documents;
+        softcap and sink_logits [H] are the base model's own, where it has them.
+        """
+        with torch.autocast(q.device.type, enabled=False):
+            q_far, k_far, gate = self.project(q, k)
+            if not self.far_enabled:
+                gate = torch.full_like(gate, -torch.inf)
+            return hybrid_attention(
+                q, k, v, q_far, k_far, gate, scaling=scaling, window=self.window, sinks=self.sinks,
+                feature_map=self.feature_map, valid=valid, segments=segments, log_decay=self.log_decay,
+                softcap=softcap, sink_logits=sink_logits, state=state, return_state=return_state,
+            )  # fmt: skip
+
+    def empty_state(self, k, v, *, extra=0) -> State:
+        """A State that has seen nothing, for rows of k [B, G, T, D] and v [B, G, T, V]; `extra` more ring slots."""
+        far_heads, _, map_dim = self.k_map.shape
+        k_far = k.new_zeros(k.shape[0], far_heads, 1, map_dim, dtype=torch.promote_types(k.dtype, torch.float32))
+        num_features = FEATURE_MAPS[self.feature_map].num_features(map_dim)
+        ring = max(self.window - 1, 0) + extra
+        return State.empty(k, v, k_far, num_features=num_features, sinks=self.sinks, ring=ring)
+
+    def state_bytes(self, *, value_dim: int | None = None, dtype_bytes: int = 2) -> int:
+        """Bytes that one sequence needs in this layer, with keys and values of `dtype_bytes` each."""
+        far_heads, _, map_dim = self.k_map.shape
+        value_dim = value_dim or self.head_dim
+        features = FEATURE_MAPS[self.feature_map].num_features(map_dim)
+        exact = self.num_kv_heads * (self.head_dim + value_dim) * dtype_bytes * (max(self.window - 1, 0) + self.sinks)
+        return exact + 4 * far_heads * (features * (value_dim + 1) + map_dim * max(self.window - 1, 0))

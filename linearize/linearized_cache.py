@@ -1,0 +1,114 @@
+"""The cache of a converted layer in transformers' terms: one `State`, of constant size."""
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+DRAFT_SLOTS = 128  # newest tokens that can be taken back again while assisted decoding is on
+
+
+class CacheError(ValueError):
+    """A cache or mask that converted layers cannot work with was handed to the model."""
+
+
+class LinearizedCacheLayer(CacheLayerMixin):
+    """Holds a layer's `State` between calls. `keys` and `values` stay None: nothing here grows with the text."""
+
+    is_sliding = False  # masks for the full-attention layers a model has kept may be sized by this layer
+    supports_early_init = False
+    is_compileable = False
+
+    def __init__(self):
+        super().__init__()
+        self.state = None
+        self.num_seen = 0  # slots, padding included
+        self.num_extra = 0  # ring slots beyond the window, kept so that tokens can be cropped
+        self.num_in_ring = 0  # slots of the ring that hold something
+
+    def attend(self, linear_attn, q, k, v, **options):
+        """Runs `linear_attn` on new tokens after what this cache holds, and remembers them. Returns its output."""
+        if self.state is None:
+            self.state = linear_attn.empty_state(k, v, extra=self.num_extra)
+            self.is_initialized = True
+        out, self.state = linear_attn(q, k, v, state=self.state, return_state=True, **options)
+        self.num_seen += q.shape[2]
+        self.num_in_ring = min(self.num_in_ring + q.shape[2], self.state.ring_valid.shape[1])
+        return out
+
+    def activate_past_recording(self) -> None:
+        """Makes room for taking back up to DRAFT_SLOTS tokens (assisted decoding, prompt lookup)."""
+        if self.num_extra:
+            return
+        self.num_extra = DRAFT_SLOTS
+        if self.state is not None:
+            self.state = self.state.with_more_ring(DRAFT_SLOTS)
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.num_extra > 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the newest -tokens_to_remove slots (the argument is zero or negative, as in transformers)."""
+        count = -tokens_to_remove
+        if count < 0:
+            raise CacheError("crop takes the number of tokens to remove as a negative number")
+        if count == 0 or self.state is None:
+            return
+        needed = self.state.ring_valid.shape[1] - self.num_extra  # what the next token's window reaches back to
+        if self.num_seen > self.num_in_ring and self.num_in_ring - count < needed:
+            raise CacheError(
+                f"cannot take back {count} tokens: only {self.num_in_ring - needed} newest ones are kept apart. Call "
+                "activate_past_recording() on the cache before running the tokens, and draft at most "
+                f"{DRAFT_SLOTS} at a time (num_assistant_tokens, prompt_lookup_num_tokens)."
+            )
+        self.state = self.state.crop(count)
+        self.num_seen -= count
+        self.num_in_ring -= count
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise CacheError("a converted layer's cache is filled by its own attention, see LinearizedCacheLayer.attend")
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise CacheError(
+            "this cache belongs to converted layers, but a softmax layer wrote to it: the cache was made for another "
+            "model. Let the model make its own: model.make_cache()."
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length + self.num_seen, 0
+
+    def get_seq_length(self) -> int:
+        return self.num_seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.13
+
+    def _map(self, function) -> None:
+        if self.state is not None:
+            self.state = self.state.map(function)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map(lambda t: t[indices.to(t.device)])
+
+    def offload(self) -> None:
+        if self.state is not None:
+            self.device = self.state.total.device
+            self._map(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.state is not None and self.state.total.device != self.device:
+            self._map(lambda t: t.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        self.state, self.num_seen, self.num_in_ring, self.is_initialized = None, 0, 0, False
+
+    def num_bytes(self) -> int:
+        """Bytes held, the whole batch."""
+        return 0 if self.state is None else self.state.num_bytes()

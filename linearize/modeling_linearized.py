@@ -1,0 +1,348 @@
+"""A decoder of transformers with some of its softmax attention layers replaced, as transformers sees it.
+
+Nothing of a model's code is copied. A converted layer is the base model's own attention module, its class swapped
+for a subclass of itself; a function registered with transformers' attention interface receives q, k, v after
+projection, norms and rotary embedding and hands them to `module.linear_attn`. Config and model classes are made on
+demand from the base model's (`LinearizedLlamaConfig`, `LinearizedLlamaForCausalLM`, ...).
+
+An exported folder carries this file and those it imports relatively, so that it loads with trust_remote_code=True
+where linearize is not installed.
+
+B batch, T time, H query heads, G kv heads, D head dim
+"""
+
+import copy
+import functools
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .linear_attention import FEATURE_MAPS, LinearAttention, State, hybrid_attention
+from .linearized_cache import CacheError, LinearizedCacheLayer
+
+LINEARIZED = "linearized"  # model type, and the implementation in which converted layers run their linear attention
+TEACHER = "linearized_teacher"  # the implementation in which they run the base model's softmax
+
+
+# --------------------------------------------------------------------------------------------- attention functions
+
+
+def linearized_attention(module, query, key, value, attention_mask, scaling=None, linear_context=None, **kwargs):
+    """transformers' attention interface for a converted layer: q [B, H, T, D], k, v [B, G, T, D] -> [B, T, H, D]."""
+    cache = linear_context.cache
+    options = dict(
+        scaling=_scaling(query, scaling), valid=linear_context.valid, segments=linear_context.segments,
+        softcap=kwargs.get("softcap"), sink_logits=kwargs.get("s_aux"),
+    )  # fmt: skip
+    if cache is None:
+        out, _ = module.linear_attn(query, key, value, **options)
+    else:
+        layer = cache.layers[module.layer_idx]
+        if not isinstance(layer, LinearizedCacheLayer):
+            raise CacheError(_WRONG_CACHE.format(kind=type(cache).__name__, layer=module.layer_idx))
+        out = layer.attend(module.linear_attn, query, key, value, **options)
+    return out.transpose(1, 2), None
+
+
+def teacher_attention(module, query, key, value, attention_mask, scaling=None, observer=None, **kwargs):
+    """The base model's own softmax; `observer`, if given, sees what went in and came out, layer by layer.
+
+    observer(module, q, k, v, out [B, T, H, D], *, scaling, softcap, sink_logits, sliding_window)
+    """
+    softmax = softmax_function(module)
+    out, weights = softmax(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if observer is not None:
+        observer(
+            module, query, key, value, out, scaling=_scaling(query, scaling), softcap=kwargs.get("softcap"),
+            sink_logits=kwargs.get("s_aux"), sliding_window=kwargs.get("sliding_window"),
+        )  # fmt: skip
+    return out, weights
+
+
+def softmax_function(module):
+    """The attention function the base model would call in this module."""
+    implementation = module.config._softmax_implementation
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    for cls in type(module).__mro__:
+        eager = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if eager is not None:
+            return eager
+    raise ValueError(f"{type(module).__name__}: no eager_attention_forward beside it; this architecture is not supported")
+
+
+def linearized_mask(*, config, **kwargs):
+    """No mask where every layer is converted (they get padding by another way), else the softmax layers' own."""
+    return softmax_mask(config=config, **kwargs) if config._has_softmax_layers else None
+
+
+def softmax_mask(*, config, **kwargs):
+    return ALL_MASK_ATTENTION_FUNCTIONS[config._softmax_implementation](config=config, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(LINEARIZED, linearized_attention)
+ALL_ATTENTION_FUNCTIONS.register(TEACHER, teacher_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(LINEARIZED, linearized_mask)
+ALL_MASK_ATTENTION_FUNCTIONS.register(TEACHER, softmax_mask)
+
+_WRONG_CACHE = (
+    "the cache handed to the model ({kind}) holds no state for converted layer {layer}. Leave past_key_values out, or "
+    "pass model.make_cache()."
+)
+
+
+def _scaling(query, scaling):
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
+class LinearContext:
+    """What converted layers need besides q, k, v; rides through the model's forward as one opaque object."""
+
+    def __init__(self, valid, segments, cache):
+        self.valid = valid  # [B, T] bool, or None: no padding
+        self.segments = segments  # [B, T] int, or None: one document a row
+        self.cache = cache
+
+
+# ------------------------------------------------------------------------------------------------- attention modules
+
+
+class LinearizedAttentionMixin:
+    """Before a base attention class: keeps the cache away from it, since converted layers have their own kind."""
+
+    def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
+        if self.config._attn_implementation == LINEARIZED:
+            past_key_values = None
+        return super().forward(hidden_states, *args, past_key_values=past_key_values, **kwargs)
+
+
+@functools.cache
+def _linearized_attention_class(cls):
+    forward = _signed_as(cls.forward, LinearizedAttentionMixin.forward)
+    return type("Linearized" + cls.__name__, (LinearizedAttentionMixin, cls), {"__module__": __name__, "forward": forward})
+
+
+def _signed_as(base_forward, forward):
+    """`forward` under the signature of `base_forward`, which generate and Trainer read to see what a model takes."""
+
+    @functools.wraps(base_forward)
+    def signed(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    return signed
+
+
+def attention_modules(model) -> dict:
+    """layer index -> attention module, for every layer whose attention goes through transformers' interface."""
+    recorded = {}
+    for module in model.modules():
+        recorded.update(getattr(module, "_can_record_outputs", None) or {})
+    wanted = recorded.get("attentions", ())
+    classes = [getattr(w, "target_class", w) for w in (wanted if isinstance(wanted, (list, tuple)) else [wanted])]
+    classes = tuple(c for c in classes if isinstance(c, type))
+    found = [m for m in model.modules() if isinstance(m, classes) and getattr(m, "layer_idx", None) is not None]
+    return {m.layer_idx: m for m in found}
+
+
+def attach(model) -> None:
+    """Gives the layers named by model.config.linear_attention their linear attention, in place.
+
+    Kept softmax layers get a config of their own that says so, and run exactly as in the base model.
+    """
+    config, spec = model.config, model.config.linear_attention
+    modules = attention_modules(model)
+    if config._attn_implementation not in (LINEARIZED, TEACHER):
+        config._softmax_implementation = config._attn_implementation
+    softmax_config = copy.copy(config)
+    softmax_config._attn_implementation = config._softmax_implementation
+    config._has_softmax_layers = set(modules) != set(spec["layers"])
+    config._attn_implementation = LINEARIZED
+    for index, (heads, kv_heads, head_dim) in zip(spec["layers"], spec["shapes"], strict=True):
+        module = modules[index]
+        module.linear_attn = LinearAttention(
+            num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, window=spec["window"], sinks=spec["sinks"],
+            feature_map=spec["feature_map"], map_dim=spec["map_dim"], per=spec["per"], decay=spec["decay"],
+        ).to(next(module.parameters()).device)  # fmt: skip
+        module.__class__ = _linearized_attention_class(type(module))
+    for index, module in modules.items():
+        module.config = config if index in spec["layers"] else softmax_config
+
+
+def linear_attentions(model) -> dict[int, LinearAttention]:
+    """layer index -> LinearAttention, of a converted model."""
+    modules = {m.layer_idx: m for m in model.modules() if isinstance(m, LinearizedAttentionMixin)}
+    return {index: modules[index].linear_attn for index in sorted(modules)}
+
+
+# ------------------------------------------------------------------------------------------------ model and config
+
+
+class LinearizedConfig(PreTrainedConfig):
+    """Reads any exported config.json; the class it returns is a subclass of the base model's config."""
+
+    model_type = LINEARIZED
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        base = CONFIG_MAPPING[config_dict["base_model_type"]]
+        getattr(_this_module(), "Linearized" + MODEL_FOR_CAUSAL_LM_MAPPING[base].__name__)  # registers the pair
+        return getattr(_this_module(), "Linearized" + base.__name__).from_dict(config_dict, **kwargs)
+
+
+class LinearizedConfigMixin:
+    """Before a base config class: keeps what is only true of a model in memory out of config.json."""
+
+    def to_dict(self):
+        output = super().to_dict()
+        for name in ("_softmax_implementation", "_has_softmax_layers"):
+            output.pop(name, None)
+        return output
+
+
+class LinearizedMixin:
+    """Before a base `ForCausalLM` class: attaches linear attention, makes caches, loads strictly, saves its code."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        attach(self)
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+                *, use_cache=None, **kwargs):  # fmt: skip
+        if self.config._attn_implementation == LINEARIZED:
+            segments = None if attention_mask is not None else _packed_segments(position_ids, past_key_values)
+            use_cache = _use_cache(self, use_cache, past_key_values, segments)
+            if use_cache and past_key_values is None:
+                past_key_values = self.make_cache()
+            length = (inputs_embeds if input_ids is None else input_ids).shape[1]
+            kwargs["linear_context"] = LinearContext(_padding(attention_mask, length), segments, past_key_values)
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+        )  # fmt: skip
+
+    def make_cache(self) -> DynamicCache:
+        """An empty cache: a constant-size state for converted layers, the base model's own kind for the others."""
+        cache = DynamicCache(config=self.config)
+        for index in self.config.linear_attention["layers"]:
+            cache.layers[index] = LinearizedCacheLayer()
+        return cache
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        mine = self.config._attn_implementation == LINEARIZED and generation_config.use_cache is not False
+        if not mine or model_kwargs.get("past_key_values") is not None:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise CacheError(
+                f"cache_implementation={generation_config.cache_implementation!r}: a converted model has one kind of "
+                "cache, of constant size. Leave cache_implementation out."
+            )
+        model_kwargs["past_key_values"] = self.make_cache()
+        if generation_config.is_assistant:
+            model_kwargs["past_key_values"].activate_past_recording()
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[kind]:
+                raise ValueError(
+                    f"{args[0] if args else ''}: {len(info[kind])} {kind.replace('_', ' ')}, for example "
+                    f"{sorted(info[kind])[0]}: the weights do not belong to this config. Export the model again."
+                )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers; the folder also gets the code it needs to load without linearize."""
+        name = type(self).__name__
+        self.config.architectures = [name]
+        self.config.auto_map = {
+            "AutoConfig": "modeling_linearized.LinearizedConfig",
+            "AutoModelForCausalLM": f"modeling_linearized.{name}",
+        }
+        super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            for source in code_files():
+                shutil.copyfile(source, Path(save_directory) / source.name)
+
+
+def code_files() -> list[Path]:
+    """The source files an exported folder needs; wherever they lie, they go side by side into the folder."""
+    reference = sys.modules[hybrid_attention.__module__].__file__
+    states = [Path(sys.modules[x.__module__].__file__) for x in (State, FEATURE_MAPS["taylor"])]
+    own = [Path(__file__).with_name(f"{n}.py") for n in ("modeling_linearized", "linear_attention", "linearized_cache")]
+    return own + [Path(reference).with_name("reference.py")] + states
+
+
+def _padding(attention_mask, length):
+    """[B, seen + T] mask of 0 and 1 -> [B, T] bool of the new tokens, or None."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        shape = getattr(attention_mask, "shape", type(attention_mask).__name__)
+        raise CacheError(
+            f"attention_mask must be [batch, tokens] of 0 and 1, not {tuple(shape) if not isinstance(shape, str) else shape}: "
+            "converted layers cannot follow a prepared 4-D mask. For packed documents pass position_ids that restart "
+            "at 0 and no mask."
+        )
+    return attention_mask[:, -length:].bool()
+
+
+def _packed_segments(position_ids, past_key_values):
+    """Documents packed in a row, told as transformers does: positions that do not go on by one."""
+    if position_ids is None or past_key_values is not None:
+        return None
+    segments = torch.nn.functional.pad(position_ids.diff(dim=-1) != 1, [1, 0]).long().cumsum(-1)
+    return segments if segments[:, -1].any() else None
+
+
+def _use_cache(model, use_cache, past_key_values, segments):
+    if segments is not None and (use_cache or past_key_values is not None):
+        raise CacheError("packed documents (position_ids that restart) have no common cache: pass use_cache=False")
+    if use_cache is None:
+        use_cache = model.config.use_cache and not model.training and segments is None
+    return use_cache
+
+
+def _this_module():
+    return sys.modules[__name__]
+
+
+def __getattr__(name):
+    """Makes LinearizedXConfig and LinearizedXForCausalLM from transformers' X, once, and registers the pair."""
+    match = re.fullmatch(r"Linearized(\w+(?:Config|ForCausalLM))", name)
+    base = getattr(transformers, match.group(1), None) if match else None
+    if base is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    namespace = {"__module__": __name__, "__qualname__": name}
+    if name.endswith("Config"):
+        cls = type(name, (LinearizedConfigMixin, base), {**namespace, "model_type": LINEARIZED})
+    else:
+        config_class = getattr(_this_module(), "Linearized" + base.config_class.__name__)
+        strict_fp32 = set(getattr(base, "_keep_in_fp32_modules_strict", None) or ()) | {"linear_attn"}
+        namespace.update(
+            config_class=config_class,
+            forward=_signed_as(base.forward, LinearizedMixin.forward),
+            _keep_in_fp32_modules_strict=strict_fp32,
+            _supports_attention_backend=False,  # servers that swap the attention function in must refuse
+            __annotations__={"config": config_class},
+        )
+        cls = type(name, (LinearizedMixin, base), namespace)
+        AutoModelForCausalLM.register(config_class, cls, exist_ok=True)
+    globals()[name] = cls
+    return cls
+
+
+def register() -> None:
+    """Teaches transformers' Auto classes to read exported folders; safe to call again."""
+    AutoConfig.register(LINEARIZED, LinearizedConfig, exist_ok=True)
+
+
+register()
