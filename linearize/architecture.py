@@ -6,9 +6,10 @@ the same logits on a text that fits into the window.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from . import modeling_linearized as modeling
 from .errors import ArchitectureError, ModelError, RecipeError
@@ -33,6 +34,7 @@ def linearize_(model, attention):
 
     attention: the recipe's `attention` section. New parameters are random until calibrated.
     Raises ArchitectureError where the model's attention cannot be replaced, RecipeError for layers that do not exist.
+    The last checks run on the converted model: one that they refuse is left converted and should be dropped.
     """
     shapes, logits = probe(model)
     layers = choose_layers(shapes, attention.keep_softmax)
@@ -47,19 +49,18 @@ def linearize_(model, attention):
         "decay": attention.decay,
     }
     _become_linearized(model, spec)
-    _verify_short_text(model, logits)
+    if logits.device.type != "meta":
+        _verify(model, logits)
     return model
 
 
 def probe(model) -> tuple[dict[int, AttentionShape], torch.Tensor]:
     """Runs a few tokens through the base model: its attention shapes by layer, and its logits [1, T, vocabulary]."""
     name = type(model).__name__
-    if isinstance(model, modeling.LinearizedMixin):
-        raise ModelError(f"{name} is converted already; convert its base model instead")
-    if getattr(modeling.transformers, name, None) is not type(model) or not name.endswith("ForCausalLM"):
-        raise ArchitectureError(f"{name} is not a causal language model of transformers itself; only those can be converted")
-    if not modeling.attention_modules(model):
-        raise ArchitectureError(_no_interface(name, "declares no attention layers that go through it"))
+    _require_causal_lm(model)
+    modules = modeling.attention_modules(model)
+    if not modules:
+        raise ArchitectureError(_no_interface(name, "it declares no attention layers that go through it"))
     shapes = {}
 
     def observer(module, q, k, v, out, *, sliding_window, **_):
@@ -68,17 +69,51 @@ def probe(model) -> tuple[dict[int, AttentionShape], torch.Tensor]:
                 f"{name}: keys are {k.shape[-1]} wide and values {v.shape[-1]} (multi-head latent attention?). Only "
                 "attention whose queries, keys and values have one width can be replaced."
             )
-        shapes[module.layer_idx] = AttentionShape(q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], sliding_window)
+        index = module.layer_idx
+        if index in shapes or modules.get(index) is not module:
+            raise ArchitectureError(
+                f"{name}: layer {index} has more than one attention, or runs it more than once (cross, shared or "
+                "differential attention). Only one self-attention a layer can be replaced."
+            )
+        shapes[index] = AttentionShape(q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], sliding_window)
 
     try:
         logits = _run_as_teacher(model, observer)
     except TypeError as error:
         if "observer" not in str(error):
             raise
-        raise ArchitectureError(_no_interface(name, "takes no extra keyword arguments")) from error
+        raise ArchitectureError(_no_interface(name, "it takes no extra keyword arguments")) from error
     if not shapes:
-        raise ArchitectureError(_no_interface(name, "computes attention without calling it"))
-    return shapes, logits
+        raise ArchitectureError(_no_interface(name, "it drops the keyword arguments on the way to its attention"))
+    return _with_cache_windows(model, shapes), logits
+
+
+def _require_causal_lm(model) -> None:
+    name = type(model).__name__
+    if isinstance(model, modeling.LinearizedMixin):
+        raise ModelError(f"{name} is converted already; convert its base model instead")
+    if getattr(modeling.transformers, name, None) is not type(model) or not name.endswith(modeling.CAUSAL_LM):
+        raise ArchitectureError(
+            f"{name} is not a decoder with a language modelling head of transformers itself; only those can be converted. "
+            "Load the model with AutoModelForCausalLM."
+        )
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ModelError(f"{name} was spread over devices by device_map; load it without, onto one device, to convert it")
+
+
+def _with_cache_windows(model, shapes):
+    """The shapes, with the sliding windows that only the model's cache knows of; refuses other kinds of caches."""
+    name = type(model).__name__
+    own = DynamicCache(config=model.config).layers if model._supports_default_dynamic_cache() else []
+    plain = {i for i in shapes if i < len(own) and type(own[i]) in (DynamicLayer, DynamicSlidingWindowLayer)}
+    odd = sorted(set(shapes) - plain)
+    if odd:
+        raise ArchitectureError(
+            f"{name}: layers {odd} do not each have a cache of their own with keys and values alone (layers that share "
+            "keys and values, or run attention beside a recurrence), so their memory cannot be replaced."
+        )
+    windows = {i: shapes[i].sliding_window or getattr(own[i], "sliding_window", None) for i in shapes}
+    return {i: replace(shapes[i], sliding_window=windows[i]) for i in shapes}
 
 
 def choose_layers(shapes: dict[int, AttentionShape], keep_softmax) -> list[int]:
@@ -94,30 +129,34 @@ def choose_layers(shapes: dict[int, AttentionShape], keep_softmax) -> list[int]:
     layers = [i for i in full if i not in keep_softmax]
     if not layers:
         raise ArchitectureError(
-            f"no layer is left to convert: {len(keep_softmax)} kept by attention.keep_softmax, "
-            f"{len(sliding)} already use a sliding window, of {len(shapes)} attention layers"
+            f"no layer is left to convert: of {len(shapes)} attention layers, attention.keep_softmax keeps "
+            f"{len(keep_softmax)}, and {len(sliding)} use a sliding window already, so that their memory does not grow"
         )
     return layers
 
 
 def _no_interface(name, reason):
     return (
-        f"{name} cannot be converted: its attention does not go through transformers' attention interface, or {reason}. "
-        "Models such as Llama, Mistral, Qwen2/3, Gemma, Phi-3, OLMo-2, Granite or SmolLM3 can."
+        f"{name} cannot be converted: conversion replaces the function that transformers' attention interface calls, and "
+        f"{reason}. Models such as Llama, Mistral, Qwen2/3, Gemma, Phi-3, OLMo-2, Granite or SmolLM3 can be."
     )
+
+
+def _probe_tokens(model) -> torch.Tensor:
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.arange(NUM_PROBE_TOKENS, device=next(model.parameters()).device)[None] * 7 % vocabulary
 
 
 def _run_as_teacher(model, observer):
     """Logits of the base model on the probe's tokens, with `observer` in its attention; leaves the model as it was."""
     config = model.config
     own = config._attn_implementation
-    vocabulary = config.get_text_config().vocab_size
-    tokens = torch.arange(NUM_PROBE_TOKENS, device=next(model.parameters()).device)[None] * 7 % vocabulary
     config._softmax_implementation, config._attn_implementation = own, modeling.TEACHER
     training = model.training
     try:
         with torch.no_grad():
-            return model.eval()(input_ids=tokens, use_cache=False, observer=observer).logits
+            # with a cache, transformers does not look for packed documents, which it cannot do on the meta device
+            return model.eval()(input_ids=_probe_tokens(model), use_cache=True, observer=observer).logits
     finally:
         model.train(training)
         config._attn_implementation = own
@@ -129,13 +168,19 @@ def _become_linearized(model, spec) -> None:
     cls = getattr(modeling, "Linearized" + base.__name__)
     implementation = model.config._attn_implementation
     config = cls.config_class.from_dict(
-        {**model.config.to_dict(), "base_model_type": base.config_class.model_type, "linear_attention": spec}
+        {
+            **model.config.to_dict(),
+            "model_type": modeling.LINEARIZED,
+            "base_model_type": base.config_class.model_type,
+            "linear_attention": spec,
+        }
     )
     if getattr(model, "hf_quantizer", None) is not None:  # a dequantised GGUF is an ordinary model from here on
         model.hf_quantizer.remove_quantization_config(model)
     for name in ("quantization_config", "_name_or_path"):
         config.__dict__.pop(name, None)
     config._attn_implementation = implementation
+    config._experts_implementation = model.config._experts_implementation
     for module in model.modules():
         if getattr(module, "config", None) is not None:
             module.config = config
@@ -146,18 +191,29 @@ def _become_linearized(model, spec) -> None:
 
 
 @torch.no_grad()
-def _verify_short_text(model, expected) -> None:
-    """A text that fits into the window must give the base model's logits."""
-    if expected.device.type == "meta":
-        return
-    length = min(NUM_PROBE_TOKENS, model.config.linear_attention["window"])
-    tokens = torch.arange(length, device=expected.device)[None] * 7 % model.config.get_text_config().vocab_size
-    training = model.training
-    logits = model.eval()(input_ids=tokens, use_cache=False).logits
+def _verify(model, expected) -> None:
+    """A text that fits into the window gives the base model's logits, and a cache gives those of one pass."""
+    tokens, training, layers = _probe_tokens(model), model.training, modeling.linear_attentions(model).values()
+    window = model.config.linear_attention["window"]
+    model.eval()
+    for layer in layers:
+        layer.window = max(window, NUM_PROBE_TOKENS)
+    short = model(input_ids=tokens, use_cache=False).logits
+    for layer in layers:
+        layer.window = window
+    parallel = model(input_ids=tokens, use_cache=False).logits
+    cache, pieces = model.make_cache(), []
+    for piece in tokens.split([NUM_PROBE_TOKENS - 2, 1, 1], 1):
+        pieces.append(model(input_ids=piece, past_key_values=cache, use_cache=True).logits)
     model.train(training)
-    error = ((logits - expected[:, :length]).float().norm() / expected[:, :length].float().norm()).item()
+    _require_close(model, short, expected, "on a text shorter than the window the logits differ from the base model's")
+    _require_close(model, torch.cat(pieces, 1), parallel, "through a cache the logits differ from those without one")
+
+
+def _require_close(model, actual, expected, what) -> None:
+    error = ((actual - expected).float().norm() / expected.float().norm()).item()
     if not error <= PROBE_TOLERANCE[expected.dtype]:
         raise ArchitectureError(
-            f"{type(model).__name__}: on a text shorter than the window the logits differ from the base model's by "
-            f"{error:.2g} (relative). Its attention does something that replacing it would lose, so it is refused."
+            f"{type(model).__name__}: {what} by {error:.2g} (relative). Its attention does something that replacing it "
+            "would lose, so it is refused."
         )

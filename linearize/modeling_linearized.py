@@ -13,7 +13,7 @@ B batch, T time, H query heads, G kv heads, D head dim
 
 import copy
 import functools
-import re
+import inspect
 import shutil
 import sys
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import DynamicCache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -29,6 +30,7 @@ from .linear_attention import FEATURE_MAPS, LinearAttention, State, hybrid_atten
 from .linearized_cache import CacheError, LinearizedCacheLayer
 
 LINEARIZED = "linearized"  # model type, and the implementation in which converted layers run their linear attention
+CAUSAL_LM = ("ForCausalLM", "LMHeadModel")  # how transformers' class names of causal language models end
 TEACHER = "linearized_teacher"  # the implementation in which they run the base model's softmax
 
 
@@ -49,7 +51,7 @@ def linearized_attention(module, query, key, value, attention_mask, scaling=None
         if not isinstance(layer, LinearizedCacheLayer):
             raise CacheError(_WRONG_CACHE.format(kind=type(cache).__name__, layer=module.layer_idx))
         out = layer.attend(module.linear_attn, query, key, value, **options)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None
 
 
 def teacher_attention(module, query, key, value, attention_mask, scaling=None, observer=None, **kwargs):
@@ -118,10 +120,12 @@ class LinearContext:
 class LinearizedAttentionMixin:
     """Before a base attention class: keeps the cache away from it, since converted layers have their own kind."""
 
-    def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
+    def forward(self, **kwargs):
         if self.config._attn_implementation == LINEARIZED:
-            past_key_values = None
-        return super().forward(hidden_states, *args, past_key_values=past_key_values, **kwargs)
+            for name in ("past_key_values", "layer_past"):  # GPT-NeoX calls it layer_past
+                if name in kwargs:
+                    kwargs[name] = None
+        return super().forward(**kwargs)
 
 
 @functools.cache
@@ -131,11 +135,17 @@ def _linearized_attention_class(cls):
 
 
 def _signed_as(base_forward, forward):
-    """`forward` under the signature of `base_forward`, which generate and Trainer read to see what a model takes."""
+    """`forward`, which takes keywords alone, under the signature of `base_forward`.
+
+    generate and Trainer read the signature to see what a model takes.
+    """
+    names = list(inspect.signature(base_forward).parameters)[1:]
 
     @functools.wraps(base_forward)
     def signed(self, *args, **kwargs):
-        return forward(self, *args, **kwargs)
+        if len(args) > len(names):
+            raise TypeError(f"forward takes at most {len(names)} positional arguments, not {len(args)}")
+        return forward(self, **dict(zip(names, args, strict=False)), **kwargs)
 
     return signed
 
@@ -214,19 +224,17 @@ class LinearizedMixin:
         super().__init__(config, *args, **kwargs)
         attach(self)
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                *, use_cache=None, **kwargs):  # fmt: skip
-        if self.config._attn_implementation == LINEARIZED:
-            segments = None if attention_mask is not None else _packed_segments(position_ids, past_key_values)
-            use_cache = _use_cache(self, use_cache, past_key_values, segments)
-            if use_cache and past_key_values is None:
-                past_key_values = self.make_cache()
-            length = (inputs_embeds if input_ids is None else input_ids).shape[1]
-            kwargs["linear_context"] = LinearContext(_padding(attention_mask, length), segments, past_key_values)
-        return super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
-        )  # fmt: skip
+    def forward(self, **kwargs):
+        implementation = self.config._attn_implementation
+        if implementation == LINEARIZED:
+            kwargs.update(_with_context(self, **kwargs))
+        elif implementation != TEACHER:
+            raise ValueError(
+                f"the attention implementation of a converted model was set to {implementation!r}, which would run it as "
+                "a softmax model. Choose that of kept softmax layers when loading: from_pretrained(..., "
+                "attn_implementation=...)."
+            )
+        return super().forward(**kwargs)
 
     def make_cache(self) -> DynamicCache:
         """An empty cache: a constant-size state for converted layers, the base model's own kind for the others."""
@@ -295,20 +303,31 @@ def _padding(attention_mask, length):
     return attention_mask[:, -length:].bool()
 
 
-def _packed_segments(position_ids, past_key_values):
-    """Documents packed in a row, told as transformers does: positions that do not go on by one."""
-    if position_ids is None or past_key_values is not None:
+def _packed_segments(position_ids, batch):
+    """Documents packed in a row, told as transformers does: positions that do not go on by one. [B, T] or None."""
+    if position_ids is None:
         return None
     segments = torch.nn.functional.pad(position_ids.diff(dim=-1) != 1, [1, 0]).long().cumsum(-1)
-    return segments if segments[:, -1].any() else None
+    return segments.expand(batch, -1) if segments[:, -1].any() else None
 
 
-def _use_cache(model, use_cache, past_key_values, segments):
+def _with_context(model, *, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None,
+                  past_key_values=None, use_cache=None, **_):  # fmt: skip
+    """The arguments of a forward call that converted layers need changed or added."""
+    batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+    segments = None if attention_mask is not None else _packed_segments(position_ids, batch)
     if segments is not None and (use_cache or past_key_values is not None):
         raise CacheError("packed documents (position_ids that restart) have no common cache: pass use_cache=False")
-    if use_cache is None:
+    if model.training and model.is_gradient_checkpointing:
+        if past_key_values is not None:
+            raise CacheError("a cache cannot be filled under gradient checkpointing, which runs layers twice")
+        use_cache = False
+    elif use_cache is None:
         use_cache = model.config.use_cache and not model.training and segments is None
-    return use_cache
+    if use_cache and past_key_values is None:
+        past_key_values = model.make_cache()
+    context = LinearContext(_padding(attention_mask, length), segments, past_key_values)
+    return {"past_key_values": past_key_values, "use_cache": use_cache, "linear_context": context}
 
 
 def _this_module():
@@ -317,8 +336,9 @@ def _this_module():
 
 def __getattr__(name):
     """Makes LinearizedXConfig and LinearizedXForCausalLM from transformers' X, once, and registers the pair."""
-    match = re.fullmatch(r"Linearized(\w+(?:Config|ForCausalLM))", name)
-    base = getattr(transformers, match.group(1), None) if match else None
+    base_name = name.removeprefix("Linearized")
+    known = base_name != name and base_name.endswith(("Config", *CAUSAL_LM))
+    base = getattr(transformers, base_name, None) if known else None
     if base is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     namespace = {"__module__": __name__, "__qualname__": name}
@@ -335,6 +355,10 @@ def __getattr__(name):
             __annotations__={"config": config_class},
         )
         cls = type(name, (LinearizedMixin, base), namespace)
+        renamed = get_checkpoint_conversion_mapping(base.__name__)
+        renamed = renamed or get_checkpoint_conversion_mapping(base.config_class.model_type)
+        if renamed:  # weights whose names in files differ, as the experts of Mixtral
+            register_checkpoint_conversion_mapping(name, renamed, overwrite=True)
         AutoModelForCausalLM.register(config_class, cls, exist_ok=True)
     globals()[name] = cls
     return cls

@@ -5,7 +5,8 @@ NT key tiles
 
 Quadratic like flash attention, at less work a pair: older than the window a pair costs one product over d, a
 polynomial and one product over V, no exp. Matrix products run in q's dtype and add up in float32; gate, scores and
-denominators are float32. Kept for the backward: the output and one number a query (log of the denominator).
+denominators are float32. Kept for the backward: the output, what its rounding to bfloat16 lost, and one number a
+query (the log of its denominator).
 """
 
 import math
@@ -37,13 +38,11 @@ class Config(NamedTuple):
     key_gradient: Tiles
 
 
-# Every entry is checked and timed on the GPU by `python -m linearize_kernels.bench`; the first one is used.
+# (dtype, largest head dim) -> tiles. Found on an H200 (kernels/README.md); the tests run every entry.
 CONFIGS = {
-    torch.float32: (Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),),
-    torch.bfloat16: (
-        Config(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2)),
-        Config(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-    ),
+    (torch.float32, 128): Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
+    (torch.bfloat16, 64): Config(Tiles(64, 32, 4, 4), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
+    (torch.bfloat16, 128): Config(Tiles(64, 32, 4, 4), Tiles(64, 32, 4, 4), Tiles(32, 64, 4, 4)),
 }
 
 
@@ -53,9 +52,11 @@ def attention_training(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, v
 
     q, k, v of one dtype, float32 or bfloat16; the others of any. Differentiable once in q, k, v, q_far, k_far, gate
     and log_decay. valid and segments as in the reference, the slots of a segment side by side.
-    config: one of CONFIGS, for measurements.
+    config: one of CONFIGS' values, for measurements.
     """
-    config = config or CONFIGS[q.dtype][0]
+    if config is None:
+        small = (q.dtype, 64) in CONFIGS and max(q.shape[-1], v.shape[-1]) <= 64
+        config = CONFIGS[q.dtype, 64 if small else 128]
     return _Attention.apply(q, k, v, q_far, k_far, gate, log_decay, valid, segments, scaling, window, sinks, config)
 
 
@@ -149,15 +150,20 @@ def _strides(*tensors):
     return [s for x in tensors for s in x.stride()[:3]]
 
 
-def _constants(q, k, v, q_far, k_far, plan, log_decay):
-    heads = q.shape[1]
+def _constants(q, v, q_far, plan, log_decay):
     sizes = {"D": q.shape[-1], "V": v.shape[-1], "F": q_far.shape[-1]}
     padded = {name + "P": max(16, triton.next_power_of_2(size)) for name, size in sizes.items()}
     return dict(
-        HEADS=heads, GROUP=heads // k.shape[1], FAR_GROUP=heads // k_far.shape[1], **sizes, **padded,
+        **sizes, **padded,
         PLAIN=plan.plain, DECAY=log_decay is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
+
+
+def _heads(q, k, k_far):
+    """Query heads, and how many of them share a kv head and a k_far head."""
+    heads = q.shape[1]
+    return heads, heads // k.shape[1], heads // k_far.shape[1]
 
 
 def _options(tiles: Tiles):
@@ -167,56 +173,60 @@ def _options(tiles: Tiles):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, q_far, k_far, gate, log_decay, valid, segments, scaling, window, sinks, config):
-        q, k, v, q_far, k_far = map(_row_major, (q, k, v, q_far, k_far))
+        far_dtypes = q_far.dtype, k_far.dtype
+        q, k, v, q_far, k_far = (_row_major(x.to(q.dtype)) for x in (q, k, v, q_far, k_far))
         batch, heads, length, _ = q.shape
         plan = _make_plan(q, valid, segments, window, sinks)
         tiles, before = _list_tiles(plan, config.forward.keys)
         decay = gate if log_decay is None else log_decay.detach().float().contiguous()
         out = _like(q, (batch, heads, length, v.shape[-1]))
         lse = q.new_empty(batch, heads, length, dtype=torch.float32)
+        keep_rest = q.dtype != torch.float32 and any(ctx.needs_input_grad)
+        rest = torch.empty_like(out) if keep_rest else out
         grid = (triton.cdiv(length, config.forward.queries), batch * heads)
         kernels.forward_kernel[grid](
-            q, k, v, q_far, k_far, gate, decay, out, lse, *plan[1:5], tiles, before,
+            q, k, v, q_far, k_far, gate, decay, out, rest, lse, *plan[1:5], tiles, before,
             *_strides(q, k, v, q_far, k_far, gate, out),
-            length, triton.cdiv(length, config.forward.keys), window, sinks, scaling * math.log2(math.e),
-            **_constants(q, k, v, q_far, k_far, plan, log_decay), **_options(config.forward),
+            length, triton.cdiv(length, config.forward.keys), window, sinks, *_heads(q, k, k_far), scaling * math.log2(math.e),
+            **_constants(q, v, q_far, plan, log_decay), REST=keep_rest, **_options(config.forward),
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, q_far, k_far, gate, log_decay, out, lse, *plan[1:])
-        ctx.settings = (plan.plain, scaling, window, sinks, config)
+        ctx.save_for_backward(q, k, v, q_far, k_far, gate, log_decay, out, rest, lse, *plan[1:])
+        ctx.settings = (plan.plain, scaling, window, sinks, config, far_dtypes)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        plain, scaling, window, sinks, config = ctx.settings
-        q, k, v, q_far, k_far, gate, log_decay, out, lse, *rest = ctx.saved_tensors
-        plan, grad = _Plan(plain, *rest), _row_major(grad)
+        plain, scaling, window, sinks, config, far_dtypes = ctx.settings
+        q, k, v, q_far, k_far, gate, log_decay, out, rest, lse, *plan = ctx.saved_tensors
+        plan, grad = _Plan(plain, *plan), _row_major(grad)
         length, decay = q.shape[2], gate if log_decay is None else log_decay.float().contiguous()
-        constants = _constants(q, k, v, q_far, k_far, plan, log_decay)
-        delta, dgate = torch.empty_like(lse), torch.empty_like(lse)
+        constants = _constants(q, v, q_far, plan, log_decay)
+        delta, weight, dgate = (torch.empty_like(lse) for _ in range(3))
         ddecay = delta if log_decay is None else torch.empty_like(lse)
-        dq, dk, dv, dq_far, dk_far = (_like(x, x.shape) for x in (q, k, v, q_far, k_far))
-        scale = scaling * math.log2(math.e)
+        dq, dk, dv = (_like(x, x.shape) for x in (q, k, v))
+        dq_far, dk_far = _like(q_far, q_far.shape, far_dtypes[0]), _like(k_far, k_far.shape, torch.float32)
+        scale, heads = scaling * math.log2(math.e), _heads(q, k, k_far)
 
         tiles, before = _list_tiles(plan, config.query_gradient.keys)
         grid = (triton.cdiv(length, config.query_gradient.queries), q.shape[0] * q.shape[1])
         kernels.query_gradient_kernel[grid](
-            q, k, v, q_far, k_far, gate, decay, out, grad, lse, delta, dq, dq_far, dgate, ddecay,
+            q, k, v, q_far, k_far, gate, decay, out, rest, grad, lse, delta, weight, dq, dq_far, dgate, ddecay,
             *plan[1:5], tiles, before,
             *_strides(q, k, v, q_far, k_far, gate, out, grad, dq, dq_far),
-            length, triton.cdiv(length, config.query_gradient.keys), window, sinks, scale, scaling,
-            **constants, **_options(config.query_gradient),
+            length, triton.cdiv(length, config.query_gradient.keys), window, sinks, *heads, scale, scaling,
+            **constants, REST=q.dtype != torch.float32, **_options(config.query_gradient),
         )  # fmt: skip
         grid = (triton.cdiv(length, config.key_gradient.keys), k.shape[0] * k.shape[1])
         kernels.key_gradient_kernel[grid](
-            q, k, v, q_far, k_far, gate, decay, grad, lse, delta, dk, dv, dk_far,
+            q, k, v, q_far, k_far, decay, grad, lse, delta, weight, dk, dv, dk_far,
             plan.segments, plan.codes, plan.last,
-            *_strides(q, k, v, q_far, k_far, gate, grad, dk, dv, dk_far),
-            length, window, sinks, scale, scaling,
+            *_strides(q, k, v, q_far, k_far, grad, dk, dv, dk_far),
+            length, window, sinks, *heads, scale, scaling,
             **constants, **_options(config.key_gradient),
         )  # fmt: skip
         if log_decay is not None:
             per_head = ddecay.sum((0, 2))  # [H]
             ddecay = per_head.unflatten(0, (k_far.shape[1], -1)).sum(1).to(log_decay.dtype)
-        return (dq, dk, dv, dq_far, dk_far, dgate.to(gate.dtype), None if log_decay is None else ddecay,
+        return (dq, dk, dv, dq_far, dk_far.to(far_dtypes[1]), dgate.to(gate.dtype), None if log_decay is None else ddecay,
                 *[None] * 6)  # fmt: skip

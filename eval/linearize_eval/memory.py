@@ -1,0 +1,45 @@
+"""Bytes of the KV cache that a softmax model keeps for one sequence.
+
+G kv heads, D head dim.
+"""
+
+from linearize.errors import ArchitectureError
+
+UNBOUNDED = None
+
+
+def kv_cache_bytes(config, length: int, dtype_bytes: int) -> int:
+    """Bytes of keys and values of one sequence of `length` tokens, over all layers of an unconverted model.
+
+    Sliding and chunked layers hold at most their window (an implementation may hold one token less).
+
+    Args:
+        config: the model's Hugging Face config; a composite one is asked for its text config.
+        length: tokens in the sequence.
+        dtype_bytes: bytes of one number of the cache (2 for bfloat16).
+
+    Raises ArchitectureError if a layer keeps something else than keys and values.
+    """
+    config = config.get_text_config(decoder=True)
+    num_heads = config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    tokens = sum(length if window is UNBOUNDED else min(length, window) for window in _layer_windows(config))
+    return tokens * 2 * num_kv_heads * head_dim * dtype_bytes
+
+
+def _layer_windows(config) -> list[int | None]:
+    """How many tokens each layer holds at most; None where every token."""
+    sliding = getattr(config, "sliding_window", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:  # then transformers gives every layer the same kind
+        return [sliding or chunk or UNBOUNDED] * config.num_hidden_layers
+    windows = {"full_attention": UNBOUNDED, "sliding_attention": sliding, "chunked_attention": chunk}
+    unknown = sorted(set(layer_types) - set(windows))
+    if unknown:
+        raise ArchitectureError(
+            f"the KV cache of {config.model_type!r} cannot be counted: layers of type {', '.join(unknown)} "
+            f"keep something else than keys and values; known types: {', '.join(windows)}"
+        )
+    return [windows[layer_type] for layer_type in layer_types]

@@ -1,0 +1,309 @@
+"""The report card: what a conversion kept of its teacher, measured, saved and read back.
+
+Every variant is the same model object under another switch (teacher, converted, far term off, window off,
+training-free window + sinks), measured on the same rows. A report is a plain dict of JSON values; a figure
+that came out infinite or NaN is None in it. The words and tables made from it are in `report_text`.
+
+N rows, T tokens a row.
+"""
+
+import importlib.metadata
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from linearize.errors import DataError, ModelError
+from linearize_eval.chart import draw_report
+from linearize_eval.perplexity import evaluation_mode, perplexity, position_edges, summarize_nll, token_nll
+from linearize_eval.recall import KeySample, build_key_samples, copy_recall, copy_rows, score_key_samples
+
+FORMAT = 1
+REPORT_FILE = "report.json"
+CHART_FILE = "report.png"
+MEMORY_LENGTHS = (1024, 8192, 32768)
+CURVE_LENGTHS = tuple(2**power for power in range(6, 18))
+SPEED_RUNS = 3
+
+Variants = Mapping[str, Callable[[], AbstractContextManager]]
+
+
+def measure_report(
+    model: torch.nn.Module,
+    tokenizer,
+    *,
+    variants: Variants,
+    notes: Mapping[str, str],
+    rows: torch.Tensor,
+    window: int,
+    recall_distances: Sequence[int],
+    state_bytes: int | Callable[[int], int],
+    kv_bytes: Callable[[int], int],
+    key_recall_samples: int = 32,
+    key_recall_pairs: int = 4,
+    batch_size: int = 1,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict:
+    """Measures every variant of `model` on `rows` and returns the report.
+
+    A recall distance that fits neither the rows nor the model's positions is left out, with the reason in
+    report["left_out"], which is printed; a card with a gap is worth more than none after hours of training.
+
+    Args:
+        model: causal LM, measured as it stands inside each variant's context.
+        tokenizer: its tokenizer, for the key lookup and the BOS token.
+        variants: name -> factory of the context manager that makes the model that variant, in table order.
+        notes: name -> a few words printed with that variant.
+        rows: held-out token ids [N, T], int64, no padding.
+        window: w, tokens of exact attention.
+        recall_distances: tokens, for copy recall and key lookup.
+        state_bytes: bytes one sequence keeps, constant or by its length in tokens.
+        kv_bytes: bytes of the teacher's KV cache by length in tokens.
+        key_recall_samples: questions a distance; 0 leaves the key lookup out.
+        key_recall_pairs: sentences planted a question.
+        batch_size: rows a forward.
+        seed: of the key lookup's texts.
+        progress: show a progress bar.
+
+    Raises DataError if `rows` cannot be measured at all.
+    """
+    left_out: list[str] = []
+    max_positions = _max_positions(model)
+    plan = _Plan(
+        rows=rows,
+        edges=position_edges(window, rows.shape[1]),
+        far_from=far_start(window, rows.shape[1]),
+        bos_token_id=tokenizer.bos_token_id,
+        copies=_copy_distances(rows, recall_distances, tokenizer.bos_token_id, max_positions, left_out),
+        batch_size=batch_size,
+    )
+    if key_recall_samples:
+        settings = {"num_pairs": key_recall_pairs, "num_samples": key_recall_samples, "seed": seed}
+        plan.samples = _key_samples(tokenizer, rows, recall_distances, settings, max_positions, left_out)
+    return _finite(
+        {
+            "format": FORMAT,
+            "window": window,
+            "far_from": plan.far_from,
+            "edges": plan.edges,
+            "variants": _measure_variants(model, variants, notes, plan, progress),
+            "memory": _memory(state_bytes, kv_bytes),
+            "left_out": left_out,
+            "meta": _meta(model, rows, key_recall_samples, key_recall_pairs),
+        }
+    )
+
+
+@dataclass
+class _Plan:
+    """What is measured of every variant: `copies` distances of copy recall, `samples` questions by distance."""
+
+    rows: torch.Tensor
+    edges: list[int]
+    far_from: int | None
+    bos_token_id: int | None
+    copies: list[int]
+    batch_size: int
+    samples: dict[int, list[KeySample]] = field(default_factory=dict)
+
+    @property
+    def num_forwards(self) -> int:
+        """Forwards a variant, those for its speed aside."""
+        num_batches = math.ceil(len(self.rows) / self.batch_size)
+        return num_batches * (1 + len(self.copies)) + sum(map(len, self.samples.values()))
+
+
+def far_start(window: int, num_tokens: int) -> int | None:
+    """First position from which the far term is judged: 256, or the window where that says more.
+
+    None where rows of `num_tokens` hold no token out of the window's reach.
+    """
+    if window <= 256 and num_tokens >= 512:
+        return 256
+    return window if window < num_tokens else None
+
+
+def _measure_variants(model, variants: Variants, notes, plan: _Plan, progress: bool) -> list[dict]:
+    measured = []
+    with _progress_bar(progress) as bar:
+        task = bar.add_task("", total=plan.num_forwards * len(variants))
+        for name, variant in variants.items():
+            bar.update(task, description=f"report card: {name}")
+            with variant():
+                figures = _measure(model, plan, on_batch=lambda: bar.advance(task))
+            measured.append({"name": name, "note": notes.get(name, ""), **figures})
+    return measured
+
+
+def _measure(model, plan: _Plan, *, on_batch: Callable[[], None]) -> dict:
+    """All figures of `model` as it stands."""
+    nll = token_nll(model, plan.rows, batch_size=plan.batch_size, on_batch=on_batch)
+    far = None if plan.far_from is None else nll[:, plan.far_from - 1 :].double()
+    copies = copy_recall(
+        model,
+        plan.rows,
+        distances=plan.copies,
+        batch_size=plan.batch_size,
+        bos_token_id=plan.bos_token_id,
+        on_batch=on_batch,
+    )
+    keys = [
+        {"distance": distance, **score_key_samples(model, questions, on_batch=on_batch)}
+        for distance, questions in plan.samples.items()
+    ]
+    return {
+        **summarize_nll(nll, plan.edges),
+        "nll_by_row": nll.double().mean(dim=1).tolist(),
+        "far_perplexity": None if far is None else perplexity(far),
+        "far_nll_by_row": None if far is None else far.mean(dim=1).tolist(),
+        "copy": copies,
+        "key": keys,
+        "tokens_per_second": forward_speed(model, plan.rows[: plan.batch_size]),
+    }
+
+
+def forward_speed(model: torch.nn.Module, batch: torch.Tensor) -> float:
+    """Tokens a second of one forward over `batch` [B, T]: the median of a few runs after a first one."""
+    batch = batch.to(model.device)
+    seconds = []
+    with evaluation_mode(model):
+        for _ in range(1 + SPEED_RUNS):  # the first compiles and tunes: not counted
+            _wait_for(model.device)
+            start = time.perf_counter()
+            model(batch, use_cache=False)
+            _wait_for(model.device)
+            seconds.append(time.perf_counter() - start)
+    return batch.numel() / statistics.median(seconds[1:])
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _max_positions(model) -> float:
+    """How many tokens the model was made for, by its config; infinity where that does not say."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or math.inf
+
+
+def _copy_distances(rows, distances, bos_token_id, max_positions, left_out) -> list[int]:
+    """The distances that can be measured; why the others cannot goes to `left_out`."""
+    kept = []
+    for distance in distances:
+        try:
+            length = copy_rows(rows[:1], distance, bos_token_id=bos_token_id).shape[1]
+        except DataError as error:
+            left_out.append(str(error))
+            continue
+        if length > max_positions:
+            left_out.append(f"copy recall over {distance} tokens: {_too_long(length, max_positions)}")
+        else:
+            kept.append(distance)
+    return kept
+
+
+def _key_samples(tokenizer, rows, distances, settings, max_positions, left_out) -> dict[int, list[KeySample]]:
+    """Questions by distance, built once for all variants; why a distance is missing goes to `left_out`."""
+    kept = {}
+    for distance in distances:
+        try:
+            samples = build_key_samples(tokenizer, rows, distance=distance, **settings)
+        except DataError as error:
+            left_out.append(str(error))
+            continue
+        longest = max(len(sample.input_ids) for sample in samples)
+        if longest > max_positions:
+            left_out.append(f"key recall over {distance} tokens: {_too_long(longest, max_positions)}")
+        else:
+            kept[distance] = samples
+    return kept
+
+
+def _too_long(length: int, max_positions: float) -> str:
+    return f"texts of {length} tokens do not fit the model's {max_positions} positions"
+
+
+def _memory(state_bytes: int | Callable[[int], int], kv_bytes: Callable[[int], int]) -> dict:
+    """{"table", "curve"}: [{"length", "state_bytes", "kv_bytes"}] at a few lengths and along the chart."""
+
+    def at(length: int) -> dict:
+        state = state_bytes(length) if callable(state_bytes) else state_bytes
+        return {"length": length, "state_bytes": int(state), "kv_bytes": int(kv_bytes(length))}
+
+    return {"table": [at(n) for n in MEMORY_LENGTHS], "curve": [at(n) for n in CURVE_LENGTHS]}
+
+
+def _meta(model, rows: torch.Tensor, num_questions: int, num_pairs: int) -> dict:
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return {
+        "num_rows": rows.shape[0],
+        "row_tokens": rows.shape[1],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": name,
+        "key_questions": num_questions,
+        "key_pairs": num_pairs,
+        "versions": {name: _version(name) for name in ("linearize", "torch", "transformers")},
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _progress_bar(visible: bool) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
+    console = Console(stderr=True)
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not visible)
+
+
+def _finite(value):
+    """`value` with every infinite or NaN float, which JSON cannot hold, replaced by None."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_report(report: dict, folder: str | Path) -> None:
+    """Writes report.json and its chart report.png into `folder`, which is made if need be."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=1, allow_nan=False)
+    (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+    draw_report(report, folder / CHART_FILE)
+
+
+def load_report(folder: str | Path) -> dict:
+    """The report saved in `folder`. Raises ModelError if there is none or it cannot be read."""
+    path = Path(folder) / REPORT_FILE
+    if not path.is_file():
+        raise ModelError(
+            f"no report card in {folder}: {REPORT_FILE} is missing. `linearize convert` writes one into "
+            "every folder it makes; give such a folder"
+        )
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path} is damaged ({error}); `linearize convert` writes it anew") from error
+    if not isinstance(report, dict) or report.get("format") != FORMAT:
+        found = report.get("format") if isinstance(report, dict) else None
+        raise ModelError(
+            f"{path} is a report of format {found}; this version reads {FORMAT}: `linearize convert` writes "
+            "it anew"
+        )
+    return report

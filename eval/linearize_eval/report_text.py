@@ -1,0 +1,266 @@
+"""The report card in words and tables: for the terminal and for the model card, from the same figures."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from linearize_eval.perplexity import bucket_label, position_label
+
+TEACHER, CONVERTED, FAR_OFF, WINDOW_SINKS = "teacher", "converted", "far term off", "window + sinks"
+# A difference counts when it exceeds this many standard errors over the rows.
+STANDARD_ERRORS = 2
+NOT_FINITE = "not finite"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: its heading, how to find its figure in a variant, how to write that figure."""
+
+    group: Literal["perplexity", "recall"]
+    heading: str
+    figure: Callable[[dict], float | None]
+    write: Callable[[float], str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One finding in words: does it speak for the conversion, against it, or is it open?"""
+
+    kind: Literal["good", "bad", "open"]
+    text: str
+
+
+def write_number(value: float) -> str:
+    """Three to five digits: 1.24, 20.56, 207.6, 1234, 49.2k."""
+    if value >= 10_000:
+        return f"{value / 1000:.1f}k" if value < 1e6 else f"{value:.1e}"
+    return f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def write_share(value: float) -> str:
+    """0.72 as 72%."""
+    return f"{100 * value:.0f}%"
+
+
+def write_bytes(value: float) -> str:
+    """Bytes with a binary unit: 3.1 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def table_columns(report: dict) -> list[Column]:
+    """The columns of this report's table, in order."""
+    first = report["variants"][0]
+    columns = [Column("perplexity", "ppl", lambda v: v["perplexity"], write_number)]
+    for i, bucket in enumerate(first["buckets"]):
+        label = bucket_label(bucket["start"], bucket["stop"])
+        columns.append(
+            Column("perplexity", label, lambda v, i=i: v["buckets"][i]["perplexity"], write_number)
+        )
+    for i, copy in enumerate(first["copy"]):
+        label = f"copy@{position_label(copy['distance'])}"
+        columns.append(Column("recall", label, lambda v, i=i: v["copy"][i]["perplexity"], write_number))
+    for i, key in enumerate(first["key"]):
+        label = f"key@{position_label(key['distance'])}"
+        columns.append(Column("recall", label, lambda v, i=i: v["key"][i]["accuracy"], write_share))
+    columns.append(Column("recall", "tokens/s", lambda v: v["tokens_per_second"], write_number))
+    return columns
+
+
+def find_variant(report: dict, name: str) -> dict | None:
+    """The figures of the variant called `name`, or None if it was not measured."""
+    return next((variant for variant in report["variants"] if variant["name"] == name), None)
+
+
+def table_cell(report: dict, variant: dict, column: Column) -> tuple[str, str]:
+    """A figure and its ratio to the teacher's; the ratio is "" for the teacher and where there is none."""
+    value = column.figure(variant)
+    if value is None:
+        return NOT_FINITE, ""
+    teacher = find_variant(report, TEACHER)
+    reference = None if teacher is None or teacher is variant else column.figure(teacher)
+    if not reference:
+        return column.write(value), ""
+    ratio = value / reference
+    return column.write(value), f"{ratio:.2f}x" if ratio < 100 else f"{ratio:.0f}x"
+
+
+def legend(report: dict) -> str:
+    """What the columns mean and on what they were measured."""
+    meta = report["meta"]
+    parts = [
+        f"ppl: perplexity of {meta['num_rows']} held-out rows of {meta['row_tokens']} tokens, overall and by "
+        "position.",
+        "copy@d: perplexity of a text's repetition d tokens later (1 is perfect).",
+    ]
+    keys = report["variants"][0]["key"]
+    if keys:
+        parts.append(
+            f"key@d: share of {meta['key_questions']} planted facts found d tokens later (chance "
+            f"{write_share(keys[0]['chance'])})."
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+    parts.append(f"x: against the teacher. tokens/s: this forward, {meta['dtype']} on {meta['device']}.")
+    return " ".join([*parts, f"{versions}."])
+
+
+def memory_line(report: dict) -> str:
+    """State of one sequence against the teacher's KV cache at a few lengths."""
+    parts = []
+    for row in report["memory"]["table"]:
+        state, cache = row["state_bytes"], row["kv_bytes"]
+        ratio = f"{cache / state:.1f}x less" if cache >= state else f"{state / cache:.1f}x MORE"
+        against = f"{write_bytes(state)} against {write_bytes(cache)} ({ratio})"
+        parts.append(f"{position_label(row['length'])} tokens {against}")
+    return "Memory of one sequence, state against KV cache: " + "; ".join(parts) + "."
+
+
+def verdicts(report: dict) -> list[Verdict]:
+    """Does the far term help, and does the model beat window + sinks of equal bytes? Good or bad news."""
+    converted = find_variant(report, CONVERTED)
+    if converted is None:
+        return []
+    if report["far_from"] is None:
+        tokens, window = report["meta"]["row_tokens"], report["window"]
+        text = f"far term: not measured. Rows of {tokens} tokens never leave the window of {window} tokens."
+        return [Verdict("open", text)]
+    found = []
+    if (far_off := find_variant(report, FAR_OFF)) is not None:
+        found.append(_far_verdict(report, converted, far_off))
+    if (baseline := find_variant(report, WINDOW_SINKS)) is not None:
+        found.append(_baseline_verdict(report, converted, baseline))
+    return found
+
+
+def _far_verdict(report: dict, converted: dict, far_off: dict) -> Verdict:
+    cost = _change(converted["far_nll_by_row"], far_off["far_nll_by_row"])
+    where = f"perplexity at positions >= {report['far_from']}"
+    if cost is None:
+        return Verdict("bad", f"far term: {where} is {NOT_FINITE}; no judgement is possible.")
+    text = f"far term switched off costs {cost.text} {where}"
+    if cost.sign > 0:
+        return Verdict("good", f"{text}: the far term helps.")
+    if cost.sign < 0:
+        return Verdict("bad", f"{text}: the far term does NOT help, the model is better WITHOUT it.")
+    return Verdict("bad", f"{text}: the far term does NOT help measurably.")
+
+
+def _baseline_verdict(report: dict, converted: dict, baseline: dict) -> Verdict:
+    overall = _change(baseline["nll_by_row"], converted["nll_by_row"])
+    far = _change(baseline["far_nll_by_row"], converted["far_nll_by_row"])
+    name = WINDOW_SINKS + (f" ({baseline['note']})" if baseline["note"] else "")
+    if overall is None or far is None:
+        return Verdict("bad", f"against {name}: perplexity is {NOT_FINITE}; no judgement is possible.")
+    where = f"at positions >= {report['far_from']}"
+    text = f"against {name}: perplexity {overall.text} overall, {far.text} {where}"
+    if overall.sign < 0 and far.sign < 0:
+        return Verdict("good", f"{text}: the converted model beats it.")
+    if far.sign < 0:
+        return Verdict("bad", f"{text}: the converted model beats it {where} but NOT overall.")
+    if overall.sign < 0:
+        return Verdict("bad", f"{text}: the converted model beats it overall but NOT {where}.")
+    return Verdict("bad", f"{text}: the converted model does NOT beat it.")
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A change of perplexity in words, and its sign: 0 if it is within the noise."""
+
+    text: str
+    sign: int
+
+
+def _change(before: list[float | None], after: list[float | None]) -> _Change | None:
+    """From one variant's NLL by row (nats) to another's on the same rows; None if any is not finite."""
+    if None in before or None in after:
+        return None
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    count = len(differences)
+    mean = sum(differences) / count
+    if count == 1:  # nothing to judge the noise by
+        return _Change(f"{100 * math.expm1(mean):+.1f} % (one row)", (mean > 0) - (mean < 0))
+    error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (count - 1) / count)
+    text = f"{100 * math.expm1(mean):+.1f} % ± {100 * math.exp(mean) * error:.1f} %"
+    sign = 0 if abs(mean) <= STANDARD_ERRORS * error else 1 if mean > 0 else -1
+    return _Change(text, sign)
+
+
+def print_report(report: dict, *, console: Console | None = None) -> None:
+    """Prints the table of variants, what its columns mean, the memory and the verdicts.
+
+    Where one table is too wide for the terminal, perplexity and recall come as two.
+    """
+    console = console or Console()
+    columns = table_columns(report)
+    tables = [_table(report, "Report card", columns)]
+    if _narrowest(console, tables[0]) > console.width:
+        titles = {"perplexity": "Report card: perplexity", "recall": "Report card: recall and speed"}
+        tables = [
+            _table(report, title, [column for column in columns if column.group == group])
+            for group, title in titles.items()
+        ]
+    for table in tables:
+        if _narrowest(console, table) > console.width:
+            table.width = _narrowest(console, table)  # a figure cut short is worse than a line too long
+        console.print(table, crop=False, no_wrap=True, overflow="ignore")
+    console.print(Text(legend(report), style="dim"))
+    console.print(Text(memory_line(report)))
+    for reason in report["left_out"]:
+        console.print(Text(f"not measured: {reason}", style="yellow"))
+    styles = {"good": "green", "bad": "bold red", "open": "yellow"}
+    for verdict in verdicts(report):
+        console.print(Text(verdict.text, style=styles[verdict.kind]))
+
+
+def _narrowest(console: Console, table: Table) -> int:
+    """Characters that `table` needs, whatever the console has."""
+    return Measurement.get(console, console.options.update(max_width=10_000), table).minimum
+
+
+def _table(report: dict, title: str, columns: list[Column]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("variant", min_width=14, max_width=30)
+    for column in columns:
+        table.add_column(column.heading.replace("@", "@\n"), justify="right", no_wrap=True)
+    for variant in report["variants"]:
+        name = Text(variant["name"], style="bold")
+        if variant["note"]:
+            name.append(f"\n{variant['note']}", style="not bold dim")
+        cells = []
+        for column in columns:
+            value, ratio = table_cell(report, variant, column)
+            cells.append(Text(value).append(f"\n{ratio}", style="dim"))
+        table.add_row(name, *cells)
+    return table
+
+
+def report_markdown(report: dict) -> str:
+    """The same card as Markdown: verdicts, table, what its columns mean, memory."""
+    columns = table_columns(report)
+    lines = [f"- **{verdict.text}**" for verdict in verdicts(report)]
+    lines += [f"- not measured: {reason}" for reason in report["left_out"]]
+    lines += ["", "| variant | " + " | ".join(column.heading for column in columns) + " |"]
+    lines.append("| --- |" + " ---: |" * len(columns))
+    for variant in report["variants"]:
+        note = f" ({variant['note']})" if variant["note"] else ""
+        cells = []
+        for column in columns:
+            value, ratio = table_cell(report, variant, column)
+            cells.append(f"{value} ({ratio})" if ratio else value)
+        lines.append(f"| {variant['name']}{note} | " + " | ".join(cells) + " |")
+    lines += ["", legend(report), "", "| tokens in the sequence | state | KV cache of the teacher |"]
+    lines.append("| ---: | ---: | ---: |")
+    for row in report["memory"]["table"]:
+        state, cache = write_bytes(row["state_bytes"]), write_bytes(row["kv_bytes"])
+        lines.append(f"| {row['length']:,} | {state} | {cache} |")
+    return "\n".join(lines).strip() + "\n"

@@ -1,0 +1,259 @@
+"""The command line: `linearize convert | generate | eval | report | recipes`.
+
+Only parses and prints; each verb imports what it needs when it runs, so `--help` answers at once. A setting
+of the recipe never becomes an option here: `--set` reaches all of them.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from linearize import __version__, shipped
+from linearize.errors import LinearizeError
+
+_EPILOG = """\
+from nothing to a converted model:
+  linearize recipes ls                              what there is to start from
+  linearize recipes cp quickstart my.yaml           a recipe of your own
+  linearize convert my.yaml --set match.tokens=1M   convert; the same command again resumes
+  linearize generate runs/my -p "My fellow citizens"
+  linearize eval runs/my --tasks hellaswag,piqa
+"""
+_CONVERT_EPILOG = """\
+examples:
+  linearize convert quickstart                      a shipped recipe
+  linearize convert my.yaml                         your recipe
+  linearize convert HuggingFaceTB/SmolLM2-135M      a model, by the recipe `default`
+  linearize convert ./my-model --set data.source='text/*.jsonl' --set output.folder=out
+  linearize convert my.yaml --set 'attention.keep_softmax=[0, 1]' --dry-run
+  accelerate launch -m linearize.cli convert my.yaml
+an interrupted conversion resumes when the same command is given again
+"""
+_GENERATE_EPILOG = """\
+examples:
+  linearize generate runs/my -p "My fellow citizens" --max-new-tokens 100
+  linearize generate runs/my -p "What is a tax?" --chat --temperature 0.7 --top-p 0.9 --seed 1
+  cat book.txt | linearize generate runs/my -p -
+"""
+_EVAL_EPILOG = """\
+examples:
+  linearize eval runs/my --tasks hellaswag,piqa --limit 200
+  linearize eval runs/my --tasks my_task --include-path my_tasks/ --output results.json
+needs the extra: pip install "linearize[eval]"
+"""
+_RECIPES_EPILOG = """\
+examples:
+  linearize recipes ls
+  linearize recipes show quickstart
+  linearize recipes cp llama-3.2-1b my.yaml
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit status: 0, 2 (the user's to mend), 130 (interrupted)."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except LinearizeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted{args.if_interrupted}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader (head, less) has seen enough; keep Python from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole grammar of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="linearize",
+        description="Turn a pretrained Transformer into one whose memory does not grow: sliding-window "
+        "softmax, sinks and Taylor linear attention, in a normal Hugging Face folder.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"linearize {__version__}")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_convert(verbs)
+    _add_generate(verbs)
+    _add_eval(verbs)
+    report = _verb(verbs, "report", _report, "show the report card of a converted model")
+    report.add_argument("folder", metavar="DIR", help="a converted model")
+    _add_recipes(verbs)
+    return parser
+
+
+def _verb(verbs, name: str, run, help: str, epilog: str = "") -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        name, help=help, description=help, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=run, if_interrupted="")
+    return parser
+
+
+def _add_convert(verbs) -> None:
+    parser = _verb(verbs, "convert", _convert, "convert a model by a recipe", _CONVERT_EPILOG)
+    parser.add_argument(
+        "source", metavar="RECIPE_OR_MODEL", help="a .yaml file, a shipped recipe's name or a model"
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="change a setting of the recipe",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe and say what would be done")
+    parser.add_argument(
+        "--force", action="store_true", help="start over, replacing what the output folder holds"
+    )
+    parser.set_defaults(if_interrupted="; give the same command again to resume")
+
+
+def _add_generate(verbs) -> None:
+    parser = _verb(verbs, "generate", _generate, "continue a text with a converted model", _GENERATE_EPILOG)
+    parser.add_argument("folder", metavar="DIR", help="a converted model")
+    parser.add_argument(
+        "-p",
+        "--prompt",
+        dest="prompts",
+        action="append",
+        required=True,
+        metavar="TEXT",
+        help="the text to continue, - for standard input; several make a batch",
+    )
+    parser.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
+    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus; 1 (default) is off")
+    sampling.add_argument("--seed", type=int, default=None, metavar="N", help="makes samples repeat")
+
+
+def _add_eval(verbs) -> None:
+    parser = _verb(verbs, "eval", _eval, "run lm-eval tasks on a converted model", _EVAL_EPILOG)
+    parser.add_argument("folder", metavar="DIR", help="a converted model")
+    what = parser.add_argument_group("what to run")
+    what.add_argument("--tasks", required=True, type=_names, metavar="A,B", help="lm-eval tasks or groups")
+    what.add_argument("--include-path", metavar="DIR", help="folder of your own tasks")
+    what.add_argument("--limit", type=_positive, metavar="N", help="examples a task (default all)")
+    what.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples in the prompt (default the task's)"
+    )
+    what.add_argument("--output", type=Path, metavar="FILE", help="also write everything as JSON")
+    how = parser.add_argument_group("how to run it")
+    how.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default 8")
+    how.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
+    how.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default auto"
+    )
+
+
+def _add_recipes(verbs) -> None:
+    parser = _verb(verbs, "recipes", None, "list, show and copy the shipped recipes", _RECIPES_EPILOG)
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _verb(actions, "ls", _recipes_ls, "list the shipped recipes")
+    show = _verb(actions, "show", _recipes_show, "print a shipped recipe")
+    show.add_argument("name", metavar="NAME")
+    copy = _verb(actions, "cp", _recipes_cp, "copy a shipped recipe, to change it")
+    copy.add_argument("name", metavar="NAME")
+    copy.add_argument("target", metavar="FILE", help="the new .yaml file")
+    copy.add_argument("--force", action="store_true", help="overwrite the file")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from linearize.recipe import load_recipe
+
+    recipe = load_recipe(args.source, args.overrides)
+    from linearize.convert import convert, plan
+
+    if args.dry_run:
+        print(plan(recipe))
+    else:
+        convert(recipe, force=args.force)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompts]
+    from linearize.generation import generate_text
+
+    generate_text(
+        args.folder,
+        prompts=prompts,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        chat=args.chat,
+        seed=args.seed,
+        device=args.device,
+    )
+
+
+def _eval(args: argparse.Namespace) -> None:
+    if args.output and not args.output.parent.is_dir():
+        # known now, not after hours of evaluation
+        raise LinearizeError(f"--output {args.output}: no folder {args.output.parent}; create it first")
+    from linearize_eval.harness import evaluate_folder, format_results
+
+    results = evaluate_folder(
+        args.folder,
+        tasks=args.tasks,
+        include_path=args.include_path,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        device=args.device,
+        dtype=args.dtype,
+        num_fewshot=args.num_fewshot,
+    )
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(format_results(results))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from linearize_eval.report import load_report
+    from linearize_eval.report_text import print_report
+
+    print_report(load_report(args.folder))
+
+
+def _recipes_ls(args: argparse.Namespace) -> None:
+    recipes = shipped.list_recipes()
+    width = max(len(name) for name, _ in recipes)
+    for name, about in recipes:
+        print(f"{name:<{width}}  {about}")
+
+
+def _recipes_show(args: argparse.Namespace) -> None:
+    print(shipped.recipe_path(args.name).read_text(encoding="utf-8"), end="")
+
+
+def _recipes_cp(args: argparse.Namespace) -> None:
+    path = shipped.copy_recipe(args.name, args.target, force=args.force)
+    print(f"{path}  (next: linearize convert {path})")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, is '{text}'")
+    return int(text)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("names no task")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""The main job: load, calibrate, match, finetune, measure, export. The one place where the stages meet."""
+
+import json
+import shutil
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import load_file, save_file
+
+from .architecture import linearize_
+from .calibrate import calibrate
+from .data import TokenData, build_token_data
+from .errors import TrainingError
+from .export import check_free, export
+from .finetune import FinetuneStage, add_lora
+from .loading import load_teacher, pick_device
+from .match import MatchStage
+from .model_card import model_card
+from .modeling_linearized import linear_attentions
+from .plan import plan as plan
+from .recipe import Recipe, to_yaml
+from .run_log import RunLog, peak_memory_bytes
+from .train import train
+from .variants import ablated_attention, adapters_off, equal_window, softmax_attention
+
+
+def convert(recipe: Recipe, *, force: bool = False) -> Path:
+    """Runs a recipe and returns the folder of the finished model.
+
+    Work in progress is kept in `<output folder>.work`; the same call resumes it, and `force` starts over. Raises a
+    LinearizeError for whatever is the user's to mend.
+    """
+    folder = recipe.output_folder
+    check_free(folder, force=force)
+    accelerator = _accelerator(recipe)
+    work = folder.with_name(folder.name + ".work")
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            _open_work(work, recipe, force=force)
+    log = RunLog(work / "log.jsonl", enabled=accelerator.is_main_process, trackers=_trackers(recipe, accelerator))
+    run = _Run(recipe, accelerator, work, log)
+    run.prepare()
+    run.match()
+    run.finetune()
+    report = run.report()
+    if accelerator.is_main_process:
+        run.export(folder, report)
+        log.close()
+        shutil.rmtree(work)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return folder
+
+
+class _Run:
+    """The state of one conversion between its stages."""
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, work: Path, log: RunLog):
+        self.recipe, self.accelerator, self.work, self.log = recipe, accelerator, work, log
+        self.results = []
+
+    def prepare(self) -> None:
+        """Loads teacher and text, replaces the attention, and calibrates it."""
+        recipe = self.recipe
+        self.log.say(f"model: {recipe.model.id}")
+        self.model, self.tokenizer = load_teacher(recipe.model, device=self.accelerator.device)
+        with self.accelerator.main_process_first():
+            self.data = self._read_data()
+        self.log.say(f"text: {self.data.description}")
+        set_seed(recipe.run.seed)
+        linearize_(self.model, recipe.attention)
+        self._calibrate()
+
+    def _read_data(self) -> TokenData:
+        recipe = self.recipe
+        tokens = recipe.match.tokens + recipe.finetune.tokens
+        wanted = max(1, recipe.calibrate.sequences, -(-tokens // recipe.data.sequence_length))
+        return build_token_data(recipe.data, self.tokenizer, num_train_sequences=wanted, cache_dir=self.work / "tokens")
+
+    def _calibrate(self) -> None:
+        path, count = self.work / "calibrated.safetensors", self.recipe.calibrate.sequences
+        layers = torch.nn.ModuleDict({str(i): layer for i, layer in linear_attentions(self.model).items()})
+        if path.exists():
+            layers.load_state_dict(load_file(path, device=str(self.accelerator.device)))
+        elif count:
+            batch = self.data.train.batch(range(min(count, len(self.data.train))))
+            inputs = {k: v.to(self.accelerator.device) for k, v in batch.items() if k != "labels"}
+            errors = calibrate(self.model, inputs)
+            means = {k: sum(e[k] for e in errors.values()) / len(errors) for k in ("error", "window_error")}
+            self.log.write(stage="calibrate", **means, layers=errors)
+            self.log.say(
+                f"calibrated {len(errors)} layers: output error {means['error']:.3g}, "
+                f"window + sinks alone {means['window_error']:.3g} (of the teacher's output power, mean of layers)"
+            )
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process and not path.exists():
+            save_file(layers.state_dict(), path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").rename(path)
+        self.accelerator.wait_for_everyone()
+
+    def match(self) -> None:
+        if self.recipe.match.tokens:
+            self._train(MatchStage(self.model, self.recipe.match), self.recipe.match)
+
+    def finetune(self) -> None:
+        recipe = self.recipe
+        if not recipe.finetune.tokens:
+            return
+        set_seed(recipe.run.seed)
+        self.model = add_lora(self.model, recipe.finetune.lora)
+        checkpointing = recipe.run.gradient_checkpointing
+        stage = FinetuneStage(self.model, recipe.finetune, gradient_checkpointing=checkpointing)
+        self._train(stage, recipe.finetune)
+
+    def _train(self, stage, settings) -> None:
+        result = train(
+            stage, self.data, settings, run=self.recipe.run, accelerator=self.accelerator, folder=self.work, log=self.log
+        )
+        self.results.append(result)
+        self.log.write(**{**asdict(result), "stage": result.name, "done": True})
+        self.log.say(
+            f"{result.name}: held-out loss {result.first_error:.4g} -> {result.best_error:.4g} "
+            f"(best of {result.num_steps} steps at {result.best_step}, {result.num_tokens:,} tokens)"
+        )
+
+    def report(self) -> dict | None:
+        """The report card, measured by the main process; None where the recipe asks for none."""
+        from linearize_eval.report import load_report, measure_report, save_report
+        from linearize_eval.report_text import print_report
+
+        settings = self.recipe.evaluate
+        if not settings.sequences or not self.accelerator.is_main_process:
+            return None
+        if not (self.work / "report.json").exists():
+            self.model.eval()
+            variants, notes = self._variants()
+            report = measure_report(
+                self.model, self.tokenizer, variants=variants, notes=notes, rows=self._held_out_rows(),
+                window=self.recipe.attention.window, recall_distances=settings.recall_distances,
+                key_recall_samples=settings.key_recall_samples, state_bytes=self._state_bytes, kv_bytes=self._kv_bytes,
+            )  # fmt: skip
+            report["tasks"] = self._run_tasks(variants)
+            report["memory_peak_bytes"] = peak_memory_bytes()
+            save_report(report, self.work)
+        report = load_report(self.work)
+        print_report(report)
+        return report
+
+    def _run_tasks(self, variants) -> dict:
+        settings = self.recipe.evaluate
+        if not settings.tasks:
+            return {}
+        from linearize_eval.harness import evaluate_model, format_results
+
+        results = {}
+        for name in ("teacher", "converted"):
+            with variants[name]():
+                results[name] = evaluate_model(
+                    self.model, self.tokenizer, tasks=settings.tasks, include_path=settings.task_path, limit=settings.task_limit
+                )
+            self.log.say(f"{name}:\n{format_results(results[name])}")
+        return results
+
+    def _variants(self):
+        """name -> context manager factory, and name -> note, in the report card's order."""
+        window = equal_window(self.model, dtype_bytes=self.model.dtype.itemsize)
+        sinks = self.recipe.attention.sinks
+        variants = {
+            "teacher": lambda: _teacher(self.model),
+            "converted": lambda: adapters_on(self.model),
+            "far term off": lambda: ablated_attention(self.model, far=False),
+            "window off": lambda: ablated_attention(self.model, window=0, sinks=0),
+            "window + sinks": lambda: _untrained_window(self.model, window),
+        }
+        return variants, {"window + sinks": f"window {window} + {sinks} sinks, untrained, equal bytes"}
+
+    def _held_out_rows(self) -> torch.Tensor:
+        """[N, T] int64: the held-out tokens as plain text of the length the report card asks for."""
+        settings = self.recipe.evaluate
+        tokens = torch.from_numpy(self.data.held_out.tokens.astype("int64"))
+        length = min(settings.sequence_length, tokens.shape[0])
+        count = min(settings.sequences, tokens.shape[0] // length)
+        return tokens[: count * length].view(count, length)
+
+    def _state_bytes(self, length: int) -> int:
+        """Of one sequence: converted layers' states, and the KV cache of the layers that stay as they are."""
+        config, size = self.model.config, self.model.dtype.itemsize
+        layers = linear_attentions(self.model).values()
+        replaced = sum(2 * layer.num_kv_heads * layer.head_dim * size * length for layer in layers)
+        return sum(layer.state_bytes(dtype_bytes=size) for layer in layers) + self._kv_bytes(length) - replaced
+
+    def _kv_bytes(self, length: int) -> int:
+        from linearize_eval.memory import kv_cache_bytes
+
+        return kv_cache_bytes(self.model.config, length, self.model.dtype.itemsize)
+
+    def export(self, folder: Path, report: dict | None) -> None:
+        """Merges LoRA in float32 and writes the folder."""
+        dtype = self.recipe.output.dtype
+        if hasattr(self.model, "merge_and_unload"):
+            self.model = _merge(self.model)
+        files: dict[str, str | Path] = {
+            "recipe.yaml": to_yaml(self.recipe),
+            "README.md": model_card(self.recipe, report, self.results),
+            "log.jsonl": self.work / "log.jsonl",
+        }
+        files |= {name: self.work / name for name in ("report.json", "report.png") if (self.work / name).exists()}
+        export(self.model, self.tokenizer, folder, dtype=dtype, files=files)
+        self.log.say(f'done: {folder}    next: linearize generate {folder} -p "..."')
+
+
+@contextmanager
+def _teacher(model):
+    with adapters_off(model), softmax_attention(model):
+        yield
+
+
+@contextmanager
+def adapters_on(model):
+    yield
+
+
+@contextmanager
+def _untrained_window(model, window):
+    with adapters_off(model), ablated_attention(model, far=False, window=window):
+        yield
+
+
+def _merge(model):
+    """LoRA merged into the base weights, the sum taken in float32 whatever their dtype."""
+    dtype = model.dtype
+    base = [p for n, p in model.named_parameters() if "lora_" not in n and ".base_layer." in n]
+    for parameter in base:
+        parameter.data = parameter.data.float()
+    merged = model.merge_and_unload()
+    for parameter in base:
+        parameter.data = parameter.data.to(dtype)
+    return merged.eval()
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    device = pick_device(recipe.run.device)
+    trackers = recipe.run.trackers or None
+    if trackers:
+        _require_trackers(trackers)
+    return Accelerator(cpu=device.type == "cpu", log_with=trackers, project_dir=str(recipe.output_folder.parent))
+
+
+def _require_trackers(names) -> None:
+    from accelerate.tracking import get_available_trackers
+
+    available = [str(getattr(t, "value", t)) for t in get_available_trackers()]
+    missing = [n for n in names if n not in available]
+    if missing:
+        raise TrainingError(
+            f"run.trackers: {', '.join(missing)} not available; installed here: {', '.join(available) or 'none'}. "
+            "Install the tracker's package or leave it out; log.jsonl is always written."
+        )
+
+
+def _trackers(recipe: Recipe, accelerator: Accelerator):
+    if not recipe.run.trackers:
+        return None
+    accelerator.init_trackers(recipe.name, config={"recipe": to_yaml(recipe)})
+    return accelerator
+
+
+def _open_work(work: Path, recipe: Recipe, *, force: bool) -> None:
+    """Makes the work folder, or checks that what is in it belongs to this recipe."""
+    if force:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    path, now = work / "settings.json", _settings(recipe)
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+        if changed:
+            raise TrainingError(
+                f"{work} holds an unfinished run with other settings of {', '.join(changed)}. Start over with --force, "
+                "or set another output.folder."
+            )
+    path.write_text(json.dumps(now, indent=1), encoding="utf-8")
+
+
+def _settings(recipe: Recipe) -> dict:
+    """The sections that decide what the training computes."""
+    sections = {name: asdict(getattr(recipe, name)) for name in ("model", "attention", "data", "calibrate", "match", "finetune")}
+    return {**sections, "run.seed": recipe.run.seed}

@@ -1,0 +1,151 @@
+"""Loads teachers (hub id, folder, GGUF file, file in an installed package) and exported folders."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from .errors import LinearizeError, ModelError
+from .sources import find_package_files
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(folder, *, dtype: str = "auto", device: str = "auto"):
+    """(model, tokenizer) of an exported folder, in eval mode. Raises ModelError where it is not one.
+
+    dtype: auto (as saved; float32 on a CPU, which computes no faster in less), float32, bfloat16 or float16.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from . import modeling_linearized
+
+    folder = Path(folder)
+    config = read_config(folder)
+    if config.get("model_type") != modeling_linearized.LINEARIZED:
+        raise ModelError(
+            f"{folder} holds a {config.get('model_type')} model, not a converted one. Convert it first: "
+            f"linearize convert {folder}"
+        )
+    target = pick_device(device)
+    modeling_linearized.register()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(dtype, target))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} does not load: {error}") from error
+    return model.to(target).eval(), tokenizer
+
+
+def load_teacher(settings, *, device: torch.device):
+    """(model, tokenizer) to convert, by the recipe's `model` section. Raises ModelError where it cannot be had."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = locate(settings.id)
+    options = source.options(settings.revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.name, dtype=pick_dtype(settings.dtype, device, gguf=source.gguf is not None),
+            **options, **source.dequantised(),
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model.id = {settings.id!r} does not load: {error}") from error
+    if getattr(model, "hf_quantizer", None) is not None:
+        if source.gguf is None:
+            raise ModelError(f"{settings.id} is quantised; convert the unquantised model")
+        model.hf_quantizer.remove_quantization_config(model)
+    return model.to(device).eval(), tokenizer
+
+
+def load_teacher_config(settings):
+    """The model's config alone, without its weights."""
+    from transformers import AutoConfig
+
+    source = locate(settings.id)
+    try:
+        return AutoConfig.from_pretrained(source.name, **source.options(settings.revision))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.id = {settings.id!r}: no config: {error}") from error
+
+
+class ModelSource:
+    """Where a model is: a hub id or folder, and a GGUF file in it or None."""
+
+    def __init__(self, name: str, gguf: str | None = None):
+        self.name, self.gguf = name, gguf
+
+    def options(self, revision) -> dict:
+        options = {"revision": revision} if revision else {}
+        return {**options, "gguf_file": self.gguf} if self.gguf else options
+
+    def dequantised(self) -> dict:
+        """Makes transformers unpack a GGUF's weights, which it may otherwise keep packed."""
+        if self.gguf is None:
+            return {}
+        import inspect
+
+        from transformers import GgufConfig
+
+        if "dequantize" not in inspect.signature(GgufConfig).parameters:  # older releases always unpack
+            return {}
+        return {"quantization_config": GgufConfig(gguf_file=self.gguf, dequantize=True)}
+
+
+def locate(model_id: str) -> ModelSource:
+    """Finds what model.id names. Raises ModelError with what to do where it is not there."""
+    if model_id.startswith("package:"):
+        try:
+            files = find_package_files(model_id)
+        except LinearizeError as error:
+            raise ModelError(f"model.id = {model_id!r}: {error}") from error
+        if len(files) != 1:
+            raise ModelError(f"model.id = {model_id!r} names {len(files)} files; it must name one")
+        path = files[0]
+    else:
+        path = Path(model_id)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model.id = {model_id!r}: no such file")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ModelError(f"model.id = {model_id!r} is not a GGUF file (it does not begin with 'GGUF')")
+        return ModelSource(str(path.parent), path.name)
+    if path.exists():
+        read_config(path)
+    elif model_id.startswith((".", "/", "~")) or model_id.count("/") != 1 and "/" in model_id:
+        raise ModelError(f"model.id = {model_id!r}: no such folder")
+    return ModelSource(model_id)
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model folder. Raises ModelError where there is none."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} is not a model folder: it has no config.json. Make one with: linearize convert RECIPE")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+
+
+def pick_device(device: str) -> torch.device:
+    """auto: the GPU if there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"device {device!r}: {error}") from error
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {device!r}: torch sees no CUDA device here. Use auto or cpu.")
+    return picked
+
+
+def pick_dtype(dtype: str, device: torch.device, *, gguf: bool = False):
+    """auto: float32 on a CPU; on a GPU the checkpoint's own, bfloat16 for a GGUF."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if gguf else "auto"

@@ -1,0 +1,62 @@
+"""Matching: each converted layer learns to give the output of the softmax it replaces.
+
+One forward of the teacher drives all layers: every layer passes the teacher's output on, so each learns alone. Loss
+and backward run inside the layer, so one layer's activations live at a time. The loss of a layer is its error power
+over the teacher's output power, per sequence (attention transfer of LoLCATs, arXiv 2410.10254, normalised).
+
+B batch, T time, H query heads, D head dim
+"""
+
+import torch
+
+from .modeling_linearized import _packed_segments, _padding, linear_attentions
+from .train import ParameterGroup
+from .variants import softmax_attention
+
+
+class MatchStage:
+    """Matching as the training loop sees it; parameters are those of the LinearAttentions."""
+
+    name = "match"
+    order = 0
+
+    def __init__(self, model, settings):
+        self.model, self.layers = model, linear_attentions(model)
+        model.requires_grad_(False).eval()
+        for layer in self.layers.values():
+            layer.requires_grad_(True)
+        self.groups = [
+            ParameterGroup(f"layer {index}", list(layer.parameters()), settings.lr) for index, layer in self.layers.items()
+        ]
+
+    def num_terms(self, batch) -> int:
+        return batch["input_ids"].shape[0]
+
+    def run(self, batch, *, scale, backward):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        valid = _padding(inputs.get("attention_mask"), inputs["input_ids"].shape[1])
+        segments = _packed_segments(inputs.get("position_ids"), None)
+        figures = {}
+
+        def observer(module, q, k, v, out, *, scaling, softcap, sink_logits, **_):
+            with torch.set_grad_enabled(backward):
+                predicted, _ = self.layers[module.layer_idx](
+                    q, k, v, scaling=scaling, valid=valid, segments=segments, softcap=softcap, sink_logits=sink_logits
+                )
+                loss = scale * relative_error(predicted, out.transpose(1, 2), valid).sum()
+                if backward:
+                    loss.backward()
+            figures[f"layer {module.layer_idx}"] = loss.detach()
+
+        with torch.no_grad(), softmax_attention(self.model):
+            self.model.get_decoder()(**inputs, use_cache=False, observer=observer)
+        figures["loss"] = torch.stack(list(figures.values())).mean()
+        return figures
+
+
+def relative_error(predicted, target, valid=None):
+    """Error power over output power of each sequence: [B, H, T, D] twice, valid [B, T] bool -> [B] float32."""
+    difference, target = (predicted.float() - target.float()).square(), target.float().square()
+    if valid is not None:
+        difference, target = (x * valid[:, None, :, None] for x in (difference, target))
+    return difference.sum((1, 2, 3)) / target.sum((1, 2, 3)).clamp_min(1e-12)

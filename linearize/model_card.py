@@ -1,0 +1,72 @@
+"""The README.md of an exported folder: what the model is, how to load it, and the figures measured on it."""
+
+from pathlib import PurePath
+
+from .recipe import Recipe, to_yaml
+from .train import StageResult
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [linearize, linear-attention]
+---
+# {name}
+
+{base}, converted by [linearize]: its softmax attention was replaced by exact attention on the newest {window} tokens
+and the first {sinks}, plus second-order linear attention ({feature_map}, dimension {dim}) on everything between. Its
+memory does not grow with the text{kept}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)  # not needed after `import linearize`
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+
+## Training
+
+{training}
+
+## Measured
+
+{report}
+
+## Recipe
+
+```yaml
+{recipe}```
+"""
+
+
+def model_card(recipe: Recipe, report: dict | None, results: list[StageResult]) -> str:
+    """Markdown; every figure comes from `report` and `results`."""
+    attention = recipe.attention
+    kept = attention.keep_softmax
+    return _CARD.format(
+        name=recipe.name,
+        base=PurePath(recipe.model.id).name,
+        window=attention.window,
+        sinks=attention.sinks,
+        feature_map=attention.feature_map.name,
+        dim=attention.feature_map.dim,
+        kept=f", but for layers {', '.join(map(str, kept))}, which stayed as they were" if kept else "",
+        folder=recipe.output_folder,
+        training="\n".join(_stage_line(r) for r in results) or "None: calibrated only.",
+        report=_report_text(report),
+        recipe=to_yaml(recipe),
+    )
+
+
+def _stage_line(result: StageResult) -> str:
+    return (
+        f"- {result.name}: {result.num_tokens:,} tokens in {result.num_steps} steps, held-out loss "
+        f"{result.first_error:.4g} before, {result.best_error:.4g} at step {result.best_step}"
+    )
+
+
+def _report_text(report: dict | None) -> str:
+    if report is None:
+        return "Nothing: the recipe asked for no report card (evaluate.sequences: 0)."
+    from linearize_eval.report_text import report_markdown
+
+    return report_markdown(report)

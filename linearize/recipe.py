@@ -1,0 +1,282 @@
+"""The recipe: everything a conversion depends on, and what each setting may be.
+
+A recipe is written as YAML; `load_recipe` reads it, `to_yaml` writes the resolved one beside every result.
+Paths in a recipe are relative to the current directory.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from linearize import config, shipped
+from linearize.errors import RecipeError
+from linearize.settings import Section, setting
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Section):
+    """The pretrained model to convert."""
+
+    id: str = setting(help="hub id, folder, .gguf file, or package:NAME/FILE in an installed package")
+    revision: str | None = setting(None, help="branch, tag or commit of a hub model")
+    dtype: Dtype = setting("auto", help="weights while converting; auto is the model's own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureMapSettings(Section):
+    """The learned map of queries and keys before the linear attention of older tokens."""
+
+    name: Literal["taylor", "hedgehog"] = setting("taylor", help="taylor: 1 + x + x^2/2; hedgehog: softmax")
+    dim: int = setting(16, help="width of the map; a Taylor state grows with its square", minimum=1)
+    per: Literal["kv_head", "query_head"] = setting(
+        "kv_head", help="keys' maps shared by a kv head's queries, or one a query head (a larger state)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSettings(Section):
+    """What replaces softmax attention."""
+
+    window: int = setting(64, help="newest tokens with exact softmax attention", minimum=1)
+    sinks: int = setting(4, help="first tokens of a text that stay exact", minimum=0)
+    feature_map: FeatureMapSettings = field(default_factory=FeatureMapSettings)
+    decay: bool = setting(False, help="a learned decay per head of the older tokens")
+    keep_softmax: list[int] = setting([], help="layers left as they are, from 0", minimum=0, unique=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Section):
+    """The text to train on."""
+
+    source: str | list[str] = setting(
+        help="hub dataset, globs of .parquet .jsonl .json .txt, or package:NAME/GLOB",
+        nonempty=True,
+        unique=True,
+    )
+    name: str | None = setting(None, help="configuration of a hub dataset")
+    split: str = setting("train", help="split of a hub dataset")
+    column: str = setting("text", help="column of text; a+b+c: columns of instruction and answer")
+    messages: str | None = setting(None, help="column of chat messages, put through the chat template")
+    sequence_length: int = setting(1024, help="tokens a training sequence", minimum=2)
+    packing: bool = setting(True, help="join short texts to full sequences")
+    held_out: int = setting(16, help="sequences never trained on, for evaluation", minimum=1)
+    streaming: bool = setting(False, help="read a hub dataset as needed, without downloading it first")
+    seed: int = setting(0, help="order of the texts", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateSettings(Section):
+    """Start values of maps, key centres and gates, from statistics."""
+
+    sequences: int = setting(4, help="sequences to measure; 0 skips", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings(Section):
+    """What both training stages have."""
+
+    tokens: int = setting(
+        2_000_000, help="tokens to train on (k, M, B: 10^3, 10^6, 10^9); 0 skips", minimum=0
+    )
+    batch_tokens: int = setting(16_000, help="tokens a step, over all processes", minimum=1)
+    lr: float = setting(1e-2, help="peak learning rate", above=0)
+    warmup: float = setting(0.05, help="fraction of the steps", minimum=0, maximum=1)
+    weight_decay: float = setting(0.0, help="decoupled, as in AdamW", minimum=0)
+    clip: float = setting(1.0, help="largest norm of the gradients", above=0)
+    evaluate_every: int = setting(25, help="steps between evaluations on the held-out text", minimum=1)
+    patience: int = setting(5, help="evaluations without improvement to stop after; 0 never stops", minimum=0)
+
+    def check(self) -> Iterator[str]:
+        """A stage with tokens has at least one step."""
+        if 0 < self.tokens < self.batch_tokens:
+            yield f"tokens: {self.tokens} is less than a step of batch_tokens ({self.batch_tokens}); 0 skips"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchSettings(StageSettings):
+    """Stage 1: each layer learns its softmax original's output."""
+
+    clip: float = setting(1.0, help="largest norm of one layer's gradients", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(Section):
+    """Low-rank updates of the projections, merged at the end."""
+
+    rank: int = setting(8, help="rank; higher holds more and costs memory", minimum=1)
+    alpha: float = setting(16.0, help="scale; the update is multiplied by alpha / rank", above=0)
+    dropout: float = setting(0.0, help="on the input of the update", minimum=0, below=1)
+    targets: list[str] = setting(
+        ["q_proj", "k_proj", "v_proj", "o_proj"], help="names of linear modules", nonempty=True, unique=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings(Section):
+    """Weights of the terms."""
+
+    ce: float = setting(1.0, help="next token of the text", minimum=0)
+    kl: float = setting(0.0, help="the original model's distribution (a second forward pass)", minimum=0)
+
+    def check(self) -> Iterator[str]:
+        """There is something to learn from."""
+        if self.ce == 0 and self.kl == 0:
+            yield "ce: must not be 0 together with kl: there would be no loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(StageSettings):
+    """Stage 2: the whole model learns the text again, by LoRA and the learned maps."""
+
+    lr: float = setting(2e-4, help="peak learning rate of LoRA", above=0)
+    maps_lr: float = setting(1e-3, help="peak learning rate of maps, centres and gates; 0 freezes", minimum=0)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Section):
+    """How it runs; changes speed and memory, the seed aside."""
+
+    seed: int = setting(0, help="start values and dropout", minimum=0)
+    device: str = setting("auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    micro_batch: int = setting(1, help="sequences a forward pass and process", minimum=1)
+    gradient_checkpointing: bool = setting(False, help="less memory, a second forward pass (finetune)")
+    checkpoint_every: int = setting(50, help="steps between checkpoints to resume from", minimum=1)
+    trackers: list[str] = setting([], help="accelerate's trackers: tensorboard, wandb, ...", unique=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(Section):
+    """The report card at the end."""
+
+    sequences: int = setting(8, help="held-out sequences for perplexity by position; 0 skips", minimum=0)
+    sequence_length: int = setting(1024, help="tokens of each", minimum=2)
+    recall_distances: list[int] = setting(
+        [128, 512], help="tokens between a fact and its question", minimum=1, unique=True
+    )
+    key_recall_samples: int = setting(32, help="questions a distance, on keys planted in the text; 0 skips", minimum=0)
+    tasks: list[str] = setting([], help="lm-eval tasks (needs the extra: linearize[eval])", unique=True)
+    task_path: str | None = setting(None, help="folder of your own lm-eval tasks")
+    task_limit: int | None = setting(None, help="examples a task; null is all", minimum=1)
+
+    def check(self) -> Iterator[str]:
+        """Settings of tasks come with tasks."""
+        for name in ("task_path", "task_limit"):
+            if getattr(self, name) is not None and not self.tasks:
+                yield f"{name}: is set but tasks is empty; name the tasks to run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings(Section):
+    """The result: a folder that transformers loads."""
+
+    folder: str | None = setting(None, help="null is runs/ and the recipe's name")
+    dtype: Dtype = setting("auto", help="weights as saved; auto is the model's own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Section):
+    """A conversion, complete."""
+
+    name: str = field(default="recipe", compare=False, metadata={"yaml": False})
+    model: ModelSettings
+    attention: AttentionSettings = field(default_factory=AttentionSettings)
+    data: DataSettings
+    calibrate: CalibrateSettings = field(default_factory=CalibrateSettings)
+    match: MatchSettings = field(default_factory=MatchSettings)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    output: OutputSettings = field(default_factory=OutputSettings)
+
+    @property
+    def output_folder(self) -> Path:
+        """Where everything of this conversion goes."""
+        return Path(self.output.folder) if self.output.folder else Path("runs") / self.name
+
+    def check(self) -> Iterator[str]:
+        """Settings of different groups that do not go together."""
+        exact, length = self.attention.window + self.attention.sinks, self.data.sequence_length
+        stages = {"match": self.match, "finetune": self.finetune}
+        trained = {name: stage for name, stage in stages.items() if stage.tokens}
+        if (trained or self.calibrate.sequences) and exact >= length:
+            yield (
+                f"attention.window: with sinks it covers {exact} tokens, all of data.sequence_length "
+                f"({length}), so nothing would be learned; make the window smaller or the sequences longer"
+            )
+        if self.evaluate.sequences and exact >= self.evaluate.sequence_length:
+            yield (
+                f"evaluate.sequence_length: must be more than attention.window and sinks ({exact}), else the "
+                f"linear attention is never used; is {self.evaluate.sequence_length}"
+            )
+        forward = self.run.micro_batch * length
+        for name, stage in trained.items():
+            if stage.batch_tokens < forward:
+                yield (
+                    f"{name}.batch_tokens: {stage.batch_tokens} must be at least one forward pass, "
+                    f"run.micro_batch x data.sequence_length = {self.run.micro_batch} x {length} = {forward}"
+                )
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        source: a .yaml file; the name of a shipped recipe; or a model (a folder, a .gguf file,
+            package:NAME/FILE or a hub id with a slash), which means the recipe `default` with that model.
+        overrides: `a.b=value` strings that win over the file.
+    Raises:
+        RecipeError: nothing of that name, or a recipe with problems (all of them in the message).
+    """
+    source = str(source)
+    if source.endswith((".yaml", ".yml")):
+        return _read(Path(source), overrides)
+    if source in [name for name, _ in shipped.list_recipes()]:
+        return _read(shipped.recipe_path(source), overrides)
+    _require_model(source)
+    # JSON text is YAML, whatever characters the model's name has
+    model = f"model.id={json.dumps(source, ensure_ascii=False)}"
+    path = Path(source) if source.startswith("package:") else Path(source).absolute()
+    name = path.stem if path.suffix == ".gguf" else path.name
+    return replace(_read(shipped.recipe_path("default"), [model, *overrides]), name=name)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe: every setting, defaults included; `load_recipe` reads it back to an equal one."""
+    return config.to_yaml(recipe, header="The resolved recipe: every setting, defaults included.")
+
+
+def _read(path: Path, overrides: Sequence[str]) -> Recipe:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file; the shipped recipes: linearize recipes ls") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as text: {error}") from error
+    return config.parse(Recipe, text, where=str(path), overrides=overrides, name=path.stem)
+
+
+def _require_model(source: str) -> None:
+    """Raises RecipeError where a name is neither a model that is here nor could be one on the hub."""
+    if Path(source).is_dir() or re.fullmatch(r"package:[^/]+/.+", source):
+        return
+    if source.startswith("package:"):
+        raise RecipeError(f"{source}: a file inside an installed package is written package:NAME/FILE")
+    if source.endswith(".gguf") or source.startswith(("/", "./", "../", "~")):
+        if Path(source).is_file() and source.endswith(".gguf"):
+            return
+        raise RecipeError(f"{source}: no such model file or folder")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source, re.ASCII):
+        return
+    if "/" in source:
+        raise RecipeError(f"{source}: no such folder, and a hub id has the form owner/name")
+    try:
+        shipped.recipe_path(source)
+    except RecipeError as error:
+        raise RecipeError(f"{error} (a hub model is written owner/name, a folder ./name)") from None

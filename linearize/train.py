@@ -1,0 +1,246 @@
+"""The one training loop, used by matching and finetuning: accumulate, clip, schedule, evaluate, resume.
+
+A stage says how a micro-batch becomes gradients; the loop does the rest, on any number of processes. Which
+sequences a step takes, and in what order, follows from the step's number, so a run that was killed goes on with the
+losses it would have had.
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from .data import PackedSequences, TokenData, batch_indices
+from .errors import TrainingError
+from .run_log import RunLog
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters with one learning rate, clipped together; `name` is what errors and logs call them."""
+
+    name: str
+    parameters: list[torch.nn.Parameter]
+    lr: float
+
+
+class Stage(Protocol):
+    """What the loop needs of a stage."""
+
+    name: str
+    order: int  # added to the run's seed, so that stages take the sequences in different orders
+    groups: list[ParameterGroup]
+
+    def num_terms(self, batch: dict[str, torch.Tensor]) -> int:
+        """How many terms the loss of this batch sums over: sequences, or tokens."""
+
+    def run(self, batch: dict[str, torch.Tensor], *, scale: float, backward: bool) -> dict[str, torch.Tensor]:
+        """Loss terms of one micro-batch times `scale`, with gradients if `backward`.
+
+        Returns scalars by name, "loss" among them, which add up over micro-batches and processes.
+        """
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """How a stage ended. Errors are held-out losses."""
+
+    name: str
+    num_steps: int
+    num_tokens: int
+    first_error: float
+    best_error: float
+    best_step: int
+
+
+def train(stage: Stage, data: TokenData, settings, *, run, accelerator, folder: Path, log: RunLog) -> StageResult:
+    """Trains the stage's parameters in place and leaves them at their best held-out loss.
+
+    settings: the stage's section of the recipe; run: the recipe's `run` section. Checkpoints go to `folder`; if one
+    is there, training goes on from it. Raises TrainingError when a loss or gradient is not finite; the last good
+    checkpoint stays.
+    """
+    loop = _Loop(stage, data, settings, run, accelerator, folder, log)
+    loop.resume()
+    loop.train()
+    return loop.result()
+
+
+class _Loop:
+    def __init__(self, stage, data, settings, run, accelerator, folder, log):
+        self.stage, self.data, self.settings, self.run = stage, data, settings, run
+        self.accelerator, self.log, self.path = accelerator, log, folder / f"{stage.name}.pt"
+        self.batch_size = max(1, settings.batch_tokens // data.train.sequence_length)
+        if self.batch_size < accelerator.num_processes:
+            raise TrainingError(
+                f"{stage.name}.batch_tokens = {settings.batch_tokens} holds {self.batch_size} sequences of "
+                f"{data.train.sequence_length} tokens, fewer than the {accelerator.num_processes} processes. Raise it."
+            )
+        self.tokens_per_step = self.batch_size * data.train.sequence_length
+        self.num_steps = math.ceil(settings.tokens / self.tokens_per_step)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": g.parameters, "lr": g.lr} for g in stage.groups], weight_decay=settings.weight_decay
+        )
+        self.parameters = [p for g in stage.groups for p in g.parameters]
+        self.step, self.bad_evaluations, self.finished = 0, 0, False
+        self.first_error, self.best_error, self.best_step, self.best = math.inf, math.inf, 0, None
+
+    def train(self) -> None:
+        bar = self.log.progress(self.stage.name, start=self.step, total=self.num_steps)
+        if self.step == 0 and not self.finished:
+            self.evaluate()
+        while self.step < self.num_steps and not self.finished:
+            self.train_step(bar)
+            last = self.step == self.num_steps
+            if last or self.step % self.settings.evaluate_every == 0:
+                self.evaluate()
+            self.finished = last or bool(self.settings.patience) and self.bad_evaluations >= self.settings.patience
+            if self.finished or self.step % self.run.checkpoint_every == 0:
+                self.save()
+        bar.close()
+        with torch.no_grad():
+            for parameter, best in zip(self.parameters, self.best, strict=True):
+                parameter.copy_(best)
+
+    def train_step(self, bar) -> None:
+        started = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        indices = batch_indices(
+            len(self.data.train), batch_size=self.batch_size, step=self.step, seed=self.run.seed + self.stage.order
+        )
+        figures = self.run_batches(self.data.train, indices, backward=True)
+        self.reduce_gradients()
+        norms = self.clip(figures)
+        rate = self.schedule()
+        for group, settings in zip(self.optimizer.param_groups, self.stage.groups, strict=True):
+            group["lr"] = settings.lr * rate
+        self.optimizer.step()
+        self.step += 1
+        seconds = time.perf_counter() - started
+        self.log.step(
+            bar, self.stage.name, self.step, **_shown(figures), grad_norm=max(norms.values()),
+            lr=self.optimizer.param_groups[0]["lr"], tokens_per_second=self.tokens_per_step / seconds,
+        )  # fmt: skip
+
+    def schedule(self) -> float:
+        """Linear warm-up, then a cosine to a tenth, as a factor of the peak rate."""
+        warmup = max(1, round(self.settings.warmup * self.num_steps))
+        if self.step < warmup:
+            return (self.step + 1) / warmup
+        progress = (self.step - warmup) / max(1, self.num_steps - warmup)
+        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def run_batches(self, sequences: PackedSequences, indices: list[int], *, backward: bool) -> dict[str, float]:
+        """Figures over all `indices`, this process's share of them run in micro-batches, summed over processes."""
+        terms = sum(self.stage.num_terms(b) for b in _micro_batches(sequences, indices, len(indices)))
+        mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
+        totals: dict[str, torch.Tensor] = {}
+        for batch in _micro_batches(sequences, mine, self.run.micro_batch):
+            batch = {name: t.to(self.accelerator.device) for name, t in batch.items()}
+            for name, value in self.stage.run(batch, scale=1 / max(terms, 1), backward=backward).items():
+                totals[name] = totals.get(name, 0) + value.detach().double()
+        if self.accelerator.num_processes > 1:
+            totals = self._sum_over_processes(totals)
+        return {name: value.item() for name, value in totals.items()}
+
+    def _sum_over_processes(self, totals):
+        """Adds the figures of all processes, of which one may have had no share."""
+        names = sorted({n for part in _gather_objects(sorted(totals)) for n in part})
+        zero = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        summed = self.accelerator.reduce(torch.stack([totals.get(n, zero).to(zero) for n in names]), "sum")
+        return dict(zip(names, summed, strict=True))
+
+    def reduce_gradients(self) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.accelerator.num_processes > 1:
+            flat = torch.cat([p.grad.flatten() for p in self.parameters])
+            flat = self.accelerator.reduce(flat, "sum")
+            for parameter, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+                parameter.grad.copy_(part.view_as(parameter))
+
+    def clip(self, figures) -> dict[str, float]:
+        """Clips each group; the norms before. Raises TrainingError if anything is not finite, and names it."""
+        norms = {
+            g.name: torch.nn.utils.clip_grad_norm_(g.parameters, self.settings.clip).item() for g in self.stage.groups
+        }
+        bad = [name for name, value in {**figures, **norms}.items() if not math.isfinite(value)]
+        if bad:
+            self.log.write(stage=self.stage.name, step=self.step + 1, not_finite=bad)
+            kept = f"the checkpoint of an earlier step stays in {self.path}" if self.path.exists() else "no checkpoint yet"
+            raise TrainingError(
+                f"{self.stage.name}, step {self.step + 1}: not finite in {', '.join(sorted(bad))}; {kept}. Lower "
+                f"{self.stage.name}.lr or {self.stage.name}.clip, then run the command with --force to start over."
+            )
+        return norms
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        figures = self.run_batches(self.data.held_out, list(range(len(self.data.held_out))), backward=False)
+        error = figures["loss"]
+        self.log.write(stage=self.stage.name, step=self.step, held_out=figures)
+        if self.step == 0:
+            self.first_error = error
+        if self.best is None or error < self.best_error:
+            self.best_error, self.best_step, self.bad_evaluations = error, self.step, 0
+            self.best = [p.detach().clone() for p in self.parameters]
+        else:
+            self.bad_evaluations += 1
+
+    def save(self) -> None:
+        """Writes the checkpoint whole or not at all."""
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "step": self.step, "finished": self.finished, "first_error": self.first_error,
+            "best_error": self.best_error, "best_step": self.best_step, "bad_evaluations": self.bad_evaluations,
+            "parameters": [p.detach() for p in self.parameters], "best": self.best,
+            "optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state(),
+        }  # fmt: skip
+        temporary = self.path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, self.path)
+
+    def resume(self) -> None:
+        if not self.path.exists():
+            return
+        state = torch.load(self.path, map_location=self.accelerator.device, weights_only=True)
+        with torch.no_grad():
+            for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
+                parameter.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"].cpu())
+        for name in ("step", "finished", "first_error", "best_error", "best_step", "bad_evaluations", "best"):
+            setattr(self, name, state[name])
+        self.log.say(f"{self.stage.name}: {'done before' if self.finished else f'going on after step {self.step}'}")
+
+    def result(self) -> StageResult:
+        tokens = self.step * self.tokens_per_step
+        return StageResult(self.stage.name, self.step, tokens, self.first_error, self.best_error, self.best_step)
+
+
+def _micro_batches(sequences: PackedSequences, indices: list[int], size: int) -> Iterator[dict[str, torch.Tensor]]:
+    for start in range(0, len(indices), size):
+        yield sequences.batch(indices[start : start + size])
+
+
+def _gather_objects(names: list[str]) -> list[list[str]]:
+    from accelerate.utils import gather_object
+
+    return gather_object([names])
+
+
+def _shown(figures: dict[str, float]) -> dict:
+    """Figures for the log: per-layer losses become a list and the worst layer."""
+    layers = {int(n.removeprefix("layer ")): v for n, v in figures.items() if n.startswith("layer ")}
+    shown = {n: v for n, v in figures.items() if not n.startswith("layer ")}
+    if layers:
+        worst = max(layers, key=layers.get)
+        shown |= {"worst": layers[worst], "worst_layer": worst, "layers": [round(layers[i], 6) for i in sorted(layers)]}
+    return shown

@@ -1,0 +1,54 @@
+"""One model in memory, seen in several ways: its softmax teacher, and ablations of the converted layers.
+
+Each is a context manager; on leaving, the model is as before.
+"""
+
+from contextlib import ExitStack, contextmanager
+
+from .modeling_linearized import LINEARIZED, TEACHER, linear_attentions
+
+
+@contextmanager
+def softmax_attention(model):
+    """Every layer computes the base model's softmax attention; with LoRA adapters off this is the teacher."""
+    config = model.config
+    assert config._attn_implementation == LINEARIZED, "the teacher is on already"
+    config._attn_implementation = TEACHER
+    try:
+        yield model
+    finally:
+        config._attn_implementation = LINEARIZED
+
+
+@contextmanager
+def ablated_attention(model, *, far=True, window=None, sinks=None):
+    """Converted layers with the far term off (far=False) or another exact part (0 and 0: the far term alone)."""
+    layers = linear_attentions(model).values()
+    before = [(layer.far_enabled, layer.window, layer.sinks) for layer in layers]
+    for layer in layers:
+        layer.far_enabled = far
+        layer.window = layer.window if window is None else window
+        layer.sinks = layer.sinks if sinks is None else sinks
+    try:
+        yield model
+    finally:
+        for layer, (far_enabled, old_window, old_sinks) in zip(layers, before, strict=True):
+            layer.far_enabled, layer.window, layer.sinks = far_enabled, old_window, old_sinks
+
+
+@contextmanager
+def adapters_off(model):
+    """The base model's own weights, where `model` carries LoRA adapters; otherwise nothing changes."""
+    with ExitStack() as stack:
+        if hasattr(model, "disable_adapter"):
+            stack.enter_context(model.disable_adapter())
+        yield model
+
+
+def equal_window(model, *, dtype_bytes: int) -> int:
+    """The window at which window + sinks alone takes the bytes of the converted layers' whole state (rounded up)."""
+    layers = linear_attentions(model).values()
+    per_token = sum(2 * layer.num_kv_heads * layer.head_dim * dtype_bytes for layer in layers)
+    state = sum(layer.state_bytes(dtype_bytes=dtype_bytes) for layer in layers)
+    sinks = next(iter(layers)).sinks
+    return -(-state // per_token) - sinks + 1

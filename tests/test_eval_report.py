@@ -1,0 +1,348 @@
+"""The report card: measured on a tiny model, printed, drawn, saved and read back."""
+
+import copy
+import io
+import json
+import math
+from contextlib import contextmanager, nullcontext
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from linearize.errors import DataError, ModelError
+from linearize_eval.chart import STYLES, draw_report, smooth_by_position
+from linearize_eval.memory import kv_cache_bytes
+from linearize_eval.perplexity import perplexity_by_position
+from linearize_eval.report import far_start, load_report, measure_report, save_report
+from linearize_eval.report_text import (
+    NOT_FINITE,
+    memory_line,
+    print_report,
+    report_markdown,
+    table_cell,
+    table_columns,
+    verdicts,
+    write_bytes,
+    write_number,
+)
+from linearize_eval.words import KEYS, VALUES
+
+NAMES = ("teacher", "converted", "far term off", "window off", "window + sinks")
+NOTES = {"window + sinks": "window 11 + 4 sinks, untrained, [equal] bytes"}
+STATE_BYTES = 5000
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {word: i for i, word in enumerate(["<unk>", "The", "code", "for", "is", ".", *KEYS, *VALUES])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def build_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=120,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=220,
+    )
+    return LlamaForCausalLM(config)
+
+
+@contextmanager
+def scaled_head(model, factor: float):
+    """The model with its logits times `factor`: another distribution, undone on leaving."""
+    before = model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(factor)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            model.lm_head.weight.copy_(before)
+
+
+def held_out_rows() -> torch.Tensor:
+    return torch.randint(0, 120, (4, 128), generator=torch.manual_seed(1))
+
+
+def measure(model, **settings) -> dict:
+    factors = dict(zip(NAMES, (1, 2, 20, 40, 30), strict=True))
+    defaults = {
+        "variants": {name: lambda f=factor: scaled_head(model, f) for name, factor in factors.items()},
+        "notes": NOTES,
+        "rows": held_out_rows(),
+        "window": 16,
+        "recall_distances": [64],
+        "state_bytes": STATE_BYTES,
+        "kv_bytes": lambda length: kv_cache_bytes(model.config, length, 4),
+        "key_recall_samples": 3,
+        "progress": False,
+    }
+    return measure_report(model, build_tokenizer(), **(defaults | settings))
+
+
+@pytest.fixture(scope="module")
+def report() -> dict:
+    return measure(build_model())
+
+
+def test_figures_are_those_of_each_variant(report):
+    model, rows = build_model(), held_out_rows()
+    assert [variant["name"] for variant in report["variants"]] == list(NAMES)
+    assert report["edges"] == [1, 16, 128]
+    for variant, factor in zip(report["variants"], (1, 2, 20, 40, 30), strict=True):
+        with scaled_head(model, factor):
+            expected = perplexity_by_position(model, rows, edges=[1, 16, 128])
+        assert variant["perplexity"] == pytest.approx(expected["perplexity"])
+        assert variant["buckets"] == expected["buckets"]
+        nll = np.array(expected["nll_by_position"])
+        assert variant["far_perplexity"] == pytest.approx(math.exp(nll[15:].mean()), rel=1e-5)
+        assert np.mean(variant["far_nll_by_row"]) == pytest.approx(nll[15:].mean(), rel=1e-5)
+        assert np.mean(variant["nll_by_row"]) == pytest.approx(nll.mean(), rel=1e-5)
+        assert variant["tokens_per_second"] > 0
+        assert [copied["distance"] for copied in variant["copy"]] == [64]
+        assert [asked["distance"] for asked in variant["key"]] == [64]
+    assert report["variants"][4]["note"] == NOTES["window + sinks"]
+
+
+def test_memory_at_the_promised_lengths(report):
+    table = {row["length"]: row for row in report["memory"]["table"]}
+    assert list(table) == [1024, 8192, 32768]
+    assert table[8192] == {"length": 8192, "state_bytes": STATE_BYTES, "kv_bytes": 8192 * 2 * 2 * 2 * 8 * 4}
+
+
+def test_a_state_that_grows_is_given_by_length():
+    report = measure(
+        build_model(), state_bytes=lambda length: 7 * length, recall_distances=[], key_recall_samples=0
+    )
+    assert [row["state_bytes"] for row in report["memory"]["table"]] == [7168, 57344, 229376]
+
+
+def test_meta_says_what_was_measured_and_with_what(report):
+    meta = report["meta"]
+    assert (meta["num_rows"], meta["row_tokens"], meta["dtype"], meta["device"]) == (4, 128, "float32", "cpu")
+    assert meta["versions"]["torch"] == torch.__version__
+
+
+def test_distances_that_do_not_fit_are_left_out_and_said():
+    # Rows of 128, a model of 220 positions. Repeated, 120 tokens take 240; asked for once, they fit.
+    report = measure(build_model(), recall_distances=[4, 64, 100, 120, 500], key_recall_samples=1)
+    assert [copied["distance"] for copied in report["variants"][0]["copy"]] == [64, 100]
+    assert [asked["distance"] for asked in report["variants"][0]["key"]] == [64, 100, 120]
+    reasons = report["left_out"]
+    assert [reason.split(":")[0] for reason in reasons] == [
+        "copy recall over 4 tokens",
+        "copy recall over 120 tokens",
+        "copy recall over 500 tokens",
+        "key recall over 4 tokens",
+        "key recall over 500 tokens",
+    ]
+    assert any("240 tokens do not fit the model's 220 positions" in reason for reason in reasons)
+    for reason in reasons:
+        assert reason in printed(report, 300) and reason in report_markdown(report)
+
+
+def test_key_lookup_can_be_left_out():
+    report = measure(build_model(), key_recall_samples=0)
+    assert all(variant["key"] == [] for variant in report["variants"])
+    assert report["left_out"] == []
+    assert "key@" not in report_markdown(report)
+
+
+def test_rows_that_cannot_be_measured_are_refused():
+    with pytest.raises(DataError, match="2 tokens or more"):
+        measure(build_model(), rows=torch.zeros(3, 1, dtype=torch.long))
+
+
+def test_progress_goes_to_stderr_and_changes_nothing(capsys, report):
+    again = measure(build_model(), progress=True)
+    assert again["variants"][1]["nll_by_position"] == report["variants"][1]["nll_by_position"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("window", "num_tokens", "start"),
+    [(64, 1024, 256), (64, 512, 256), (64, 300, 64), (300, 1024, 300), (64, 64, None), (64, 65, 64)],
+)
+def test_far_start(window, num_tokens, start):
+    assert far_start(window, num_tokens) == start
+
+
+def printed(report: dict, width: int) -> str:
+    stream = io.StringIO()
+    print_report(report, console=Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [24, 60, 200])
+def test_the_printed_table_holds_every_figure_at_any_width(report, width):
+    words = printed(report, width).split()
+    teacher = report["variants"][0]
+    for variant in report["variants"]:
+        for column in table_columns(report):
+            value, ratio = table_cell(report, variant, column)
+            assert value in words
+            assert variant is teacher or not column.figure(teacher) or ratio in words
+    assert write_number(report["variants"][3]["buckets"][1]["perplexity"]) in words
+    text = " ".join(words)
+    assert memory_line(report) in text
+    for verdict in verdicts(report):
+        assert verdict.text in text
+    assert "".join(NOTES["window + sinks"].split()) in "".join(printed(report, 300).split())
+
+
+def test_ratios_are_to_the_teacher(report):
+    teacher, converted = report["variants"][:2]
+    column = table_columns(report)[0]
+    assert table_cell(report, teacher, column)[1] == ""
+    ratio = converted["perplexity"] / teacher["perplexity"]
+    assert table_cell(report, converted, column)[1] == f"{ratio:.2f}x"
+
+
+def test_markdown_holds_the_same_figures(report):
+    text = report_markdown(report)
+    table_lines = [line for line in text.splitlines() if line.startswith("|")]
+    for variant in report["variants"]:
+        line = next(line for line in table_lines if line.startswith(f"| {variant['name']}"))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        for cell, column in zip(cells[1:], table_columns(report), strict=True):
+            value, ratio = table_cell(report, variant, column)
+            assert cell == (f"{value} ({ratio})" if ratio else value)
+    for row in report["memory"]["table"]:
+        state, cache = write_bytes(row["state_bytes"]), write_bytes(row["kv_bytes"])
+        assert f"| {row['length']:,} | {state} | {cache} |" in table_lines
+    for verdict in verdicts(report):
+        assert verdict.text in text
+
+
+def with_far(report: dict, **nll_by_row: list[float]) -> dict:
+    """The report with other NLLs, overall and far, for the variants named (spaces as underscores)."""
+    changed = copy.deepcopy(report)
+    changed["far_from"] = 256
+    for variant in changed["variants"]:
+        key = variant["name"].replace(" + ", "_").replace(" ", "_")
+        if key in nll_by_row:
+            variant["far_nll_by_row"] = variant["nll_by_row"] = nll_by_row[key]
+    return changed
+
+
+BASE = [2.0, 3.0, 2.5, 4.0]
+BETTER = [1.9, 2.89, 2.41, 3.9]
+NOISE = [2.2, 2.8, 2.75, 3.8]
+
+
+@pytest.mark.parametrize(
+    ("far_off", "kind", "words"),
+    [
+        (BASE, "good", "costs +10.5 % ± 0.5 % perplexity at positions >= 256: the far term helps."),
+        (NOISE, "bad", "does NOT help measurably"),
+        ([1.8, 2.78, 2.32, 3.8], "bad", "the model is better WITHOUT it"),
+    ],
+)
+def test_the_verdict_on_the_far_term(report, far_off, kind, words):
+    changed = with_far(report, converted=BETTER, far_term_off=far_off)
+    verdict = verdicts(changed)[0]
+    assert verdict.kind == kind and words in verdict.text
+    if far_off is BASE:
+        mean, error = 0.1, np.std([0.1, 0.11, 0.09, 0.1], ddof=1) / 2
+        assert f"+{100 * math.expm1(mean):.1f} % ± {100 * math.exp(mean) * error:.1f} %" in verdict.text
+
+
+@pytest.mark.parametrize(
+    ("converted", "kind", "words"),
+    [
+        (BETTER, "good", "the converted model beats it."),
+        (NOISE, "bad", "does NOT beat it"),
+        ([2.5, 3.5, 3.0, 4.6], "bad", "does NOT beat it"),
+    ],
+)
+def test_the_verdict_on_window_and_sinks(report, converted, kind, words):
+    changed = with_far(report, converted=converted, window_sinks=BASE)
+    verdict = verdicts(changed)[1]
+    assert verdict.kind == kind and words in verdict.text and NOTES["window + sinks"] in verdict.text
+
+
+def test_better_only_far_or_only_overall_is_said(report):
+    changed = with_far(report, converted=BETTER, window_sinks=BASE)
+    changed["variants"][1]["nll_by_row"] = [x + 0.5 for x in BASE]
+    assert "beats it at positions >= 256 but NOT overall" in verdicts(changed)[1].text
+    changed = with_far(report, converted=BETTER, window_sinks=BASE)
+    changed["variants"][1]["far_nll_by_row"] = [x + 0.5 for x in BASE]
+    assert "beats it overall but NOT at positions >= 256" in verdicts(changed)[1].text
+
+
+def test_one_row_has_no_error_bar(report):
+    changed = with_far(report, converted=[2.0], far_term_off=[2.1], window_sinks=[2.2])
+    verdict = verdicts(changed)[0]
+    assert "+10.5 % (one row)" in verdict.text
+
+
+def test_rows_within_the_window_judge_nothing():
+    report = measure(build_model(), window=128, key_recall_samples=0, recall_distances=[])
+    (verdict,) = verdicts(report)
+    assert verdict.kind == "open" and "never leave the window of 128" in verdict.text
+
+
+def test_a_variant_that_blows_up_is_shown_and_saved(tmp_path):
+    model = build_model()
+    broken = {"teacher": nullcontext, "converted": lambda: scaled_head(model, float("nan"))}
+    report = measure(model, variants=broken | {"far term off": nullcontext, "window + sinks": nullcontext})
+    assert report["variants"][1]["perplexity"] is None
+    save_report(report, tmp_path)
+    assert load_report(tmp_path) == report
+    assert NOT_FINITE in printed(report, 200) and NOT_FINITE in report_markdown(report)
+    assert [verdict.kind for verdict in verdicts(report)] == ["bad", "bad"]
+
+
+def test_report_is_saved_as_json_and_read_back(report, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    save_report(report, folder)
+    assert load_report(folder) == report
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert (folder / "report.png").is_file()
+
+
+def test_missing_damaged_and_foreign_reports_are_refused(tmp_path):
+    with pytest.raises(ModelError, match="linearize convert"):
+        load_report(tmp_path)
+    (tmp_path / "report.json").write_text('{"format": 1, ')
+    with pytest.raises(ModelError, match="damaged"):
+        load_report(tmp_path)
+    (tmp_path / "report.json").write_text('{"format": 99}')
+    with pytest.raises(ModelError, match="format 99"):
+        load_report(tmp_path)
+    (tmp_path / "report.json").write_text("[]")
+    with pytest.raises(ModelError, match="format None"):
+        load_report(tmp_path)
+
+
+def test_the_chart_is_a_png_with_a_line_for_each_variant(report, tmp_path):
+    path = tmp_path / "chart.png"
+    draw_report(report, path)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = (matplotlib.image.imread(path)[..., :3] * 255).round().astype(int)
+    assert pixels.shape[0] > 500 and pixels.shape[1] > 1000
+    for colour, _ in STYLES[: len(NAMES)]:
+        rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (pixels == rgb).all(axis=-1).sum() > 100
+
+
+def test_smoothing_keeps_a_constant_and_covers_every_position():
+    centres, values = smooth_by_position(np.full(1023, math.log(7)))
+    np.testing.assert_allclose(values, 7)
+    assert centres[0] == 1 and (np.diff(centres) > 0).all() and 700 < centres[-1] < 1023
+    spike = np.zeros(1023)
+    for position in (1, 2, 100, 1023):
+        spike[:] = 0
+        spike[position - 1] = 1
+        assert (smooth_by_position(spike)[1] > 1).sum() == 1

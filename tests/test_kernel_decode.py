@@ -1,0 +1,147 @@
+"""The one-launch decode kernel against the float64 reference, token by token, and its state.
+
+Without a GPU it runs in Triton's interpreter (see conftest.py), in float32.
+"""
+
+import pytest
+import torch
+from linearize_kernels import State, attention_quadratic
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from linearize_kernels.decode import DecodeState, choose_splits, decode  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
+
+
+def make(prompt=10, tokens=8, batch=2, heads=4, groups=2, head_dim=16, map_dim=5, window=6, sinks=2, decay=False,
+         pad=0, large=1.0, dtype=torch.float32, seed=0):  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    length = prompt + tokens
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g).to(DEVICE, dtype)
+
+    inputs = dict(
+        q=draw(batch, length, heads, head_dim).transpose(1, 2) * large, k=draw(batch, groups, length, head_dim) * large,
+        v=draw(batch, groups, length, head_dim), q_far=draw(batch, heads, length, map_dim).float() * 0.5,
+        k_far=draw(batch, groups, length, map_dim).float() * 0.5, gate=draw(batch, heads, length).float(),
+    )  # fmt: skip
+    valid = torch.ones(batch, length, dtype=torch.bool, device=DEVICE)
+    valid[0, :pad] = False
+    decay = -torch.linspace(0.01, 0.1, groups, device=DEVICE) if decay else None
+    return inputs, dict(scaling=head_dim**-0.5, window=window, sinks=sinks, log_decay=decay), valid
+
+
+def part(inputs, start, stop):
+    return {name: x[:, :, start:stop] for name, x in inputs.items()}
+
+
+def prefilled(inputs, options, valid, prompt, **layout):
+    first = inputs["k"], inputs["v"], inputs["k_far"]
+    num_features = 1 + first[2].shape[-1] + first[2].shape[-1] * (first[2].shape[-1] + 1) // 2
+    state = State.empty(*first, num_features=num_features, sinks=options["sinks"], ring=options["window"] - 1)
+    if prompt:
+        _, state = attention_quadratic(
+            **part(inputs, 0, prompt), valid=valid[:, :prompt], **options, state=state, return_state=True
+        )
+    return DecodeState.from_state(state, window=options["window"], **layout)
+
+
+def check(prompt=10, state_dtype=torch.float32, splits=None, **case):
+    inputs, options, valid = make(prompt=prompt, **case)
+    exact = {n: x.double() for n, x in inputs.items()}
+    expected, last = attention_quadratic(**exact, valid=valid, **options, return_state=True)
+    state = prefilled(inputs, options, valid, prompt, dtype=state_dtype, splits=splits)
+    decay = {n: options[n] for n in ("scaling", "log_decay")}
+    outputs = []
+    for t in range(prompt, expected.shape[2]):
+        out = torch.full_like(expected[:, :, :1], float("nan"), dtype=inputs["q"].dtype)
+        outputs.append(decode(**part(inputs, t, t + 1), state=state, **decay, out=out))
+    error = (torch.cat(outputs, 2).double() - expected[:, :, prompt:]).norm() / expected[:, :, prompt:].norm()
+    low = torch.bfloat16 in (inputs["q"].dtype, state_dtype)
+    assert error < (5e-3 if low else 1e-5), f"{error:.1e}"
+    return state.to_state(log_decay=options["log_decay"]), last, options
+
+
+CASES = {
+    "plain": {},
+    "from nothing": {"prompt": 0, "tokens": 9},
+    "folding": {"prompt": 5, "tokens": 70, "batch": 1},
+    "folding, decay, padding": {"prompt": 9, "tokens": 68, "decay": True, "pad": 4},
+    "padding longer than the window": {"prompt": 12, "pad": 11},
+    "no sinks": {"sinks": 0},
+    "one head": {"heads": 1, "groups": 1},
+    "three heads a group, odd head dim": {"heads": 6, "head_dim": 24},
+    "splits": {"head_dim": 40, "splits": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_decode_is_the_reference(name, dtype):
+    check(**CASES[name], dtype=dtype)
+
+
+def test_state_survives_the_round_trip():
+    """What decode leaves behind continues as a `State` would: same outputs after it."""
+    state, last, options = check(prompt=9, tokens=68, decay=True, pad=4)
+    inputs, _, valid = make(prompt=0, tokens=5, seed=1)
+    expected, _ = attention_quadratic(**inputs, **options, state=last.map(lambda x: x), return_state=True)
+    got, _ = attention_quadratic(**inputs, **options, state=state, return_state=True)
+    torch.testing.assert_close(got, expected.to(got.dtype), rtol=1e-4, atol=1e-5)
+    assert torch.equal(state.length, last.length)
+
+
+def test_refusals():
+    inputs, options, valid = make()
+    with pytest.raises(ValueError, match="window - 1"):
+        prefilled(inputs, {**options, "window": 6}, valid, 0).from_state(
+            State.empty(inputs["k"], inputs["v"], inputs["k_far"], num_features=21, sinks=2, ring=9), window=6
+        )
+
+
+def test_splits_fill_the_gpu():
+    assert choose_splits(8, 128) == 8 and choose_splits(3, 64) == 4 and choose_splits(1024, 128) == 1
+
+
+GPU_CASES = {
+    "common": {},
+    **{f"head dim {x}": {"head_dim": x} for x in (80, 96, 128)},
+    **{f"map dim {x}": {"map_dim": x} for x in (8, 24, 32)},
+    **{f"{h} heads, {g} groups": {"heads": h, "groups": g} for h, g in ((3, 3), (9, 3), (16, 2))},
+    **{f"window {w}": {"window": w, "prompt": w + 30} for w in (16, 128, 256)},
+    **{f"{n} splits": {"splits": n, "head_dim": 128} for n in (1, 2, 8)},
+    "decay": {"decay": True},
+    "large scores": {"large": 4.0},
+    "left padding": {"pad": 90, "batch": 3},
+}
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("state_dtype", DTYPES, ids=lambda d: f"state {d}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_table(name, dtype, state_dtype):
+    case = {"prompt": 100, "tokens": 140, "head_dim": 64, "map_dim": 16, "window": 64, "sinks": 4, **GPU_CASES[name]}
+    check(**case, dtype=dtype, state_dtype=state_dtype)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_graph_replay_equals_eager():
+    shape = dict(prompt=70, tokens=200, head_dim=64, map_dim=16, window=64, sinks=4, dtype=torch.bfloat16)
+    inputs, options, valid = make(**shape)
+    steps = [part(inputs, t, t + 1) for t in range(70, 270)]
+    eager_state, state = (prefilled(inputs, options, valid, 70) for _ in range(2))
+    eager = [decode(**x, state=eager_state, scaling=options["scaling"]) for x in steps]
+    static = {name: x.clone() for name, x in steps[0].items()}
+    out = torch.empty_like(eager[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # nothing runs while it is captured
+        decode(**static, state=state, scaling=options["scaling"], out=out)
+    for x, expected in zip(steps, eager, strict=True):
+        for name in static:
+            static[name].copy_(x[name])
+        graph.replay()
+        assert torch.equal(out, expected)

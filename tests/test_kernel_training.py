@@ -1,0 +1,163 @@
+"""The Triton training kernels against the float64 reference: output and every gradient.
+
+On a machine without a GPU they run in Triton's interpreter (see conftest.py), float32 and small shapes only: it
+has no bfloat16 products. On a GPU the whole table runs. Fresh memory is filled with NaN beforehand.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+ON_GPU = torch.cuda.is_available()
+
+from linearize_kernels import attention, attention_quadratic, can_run  # noqa: E402
+from linearize_kernels.training import CONFIGS, Config, Tiles, attention_training  # noqa: E402
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
+NAMES = ("q", "k", "v", "q_far", "k_far", "gate", "log_decay")
+SMALL = Config(Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(16, 16, 4, 1))
+
+
+def make(length=60, batch=1, heads=2, groups=1, head_dim=16, map_dim=5, window=12, sinks=3, per="kv_head", decay=False,
+         pad=None, cuts=(), large=1.0, far_gate=None, dtype=torch.float32, seed=0):  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g).to(DEVICE, dtype)
+
+    far_heads = groups if per == "kv_head" else heads
+    inputs = dict(
+        q=draw(batch, length, heads, head_dim).transpose(1, 2) * large, k=draw(batch, groups, length, head_dim) * large,
+        v=draw(batch, groups, length, head_dim), q_far=draw(batch, heads, length, map_dim) * 0.5,
+        k_far=draw(batch, far_heads, length, map_dim) * 0.5, gate=draw(batch, heads, length),
+        log_decay=-torch.linspace(0.01, 0.1, far_heads, device=DEVICE) if decay else None,
+    )  # fmt: skip
+    if far_gate is not None:
+        inputs["gate"] = torch.full_like(inputs["gate"], far_gate)
+    valid = segments = None
+    if pad:
+        valid = torch.ones(batch, length, dtype=torch.bool, device=DEVICE)
+        valid[0, : length // 3] = False
+        valid = valid.flip(1) if pad == "right" else valid
+    if cuts:
+        segments = torch.zeros(batch, length, dtype=torch.long, device=DEVICE)
+        segments[:, list(cuts)] = 1
+        segments = segments.cumsum(1)
+    options = dict(scaling=head_dim**-0.5, window=window, sinks=sinks, valid=valid, segments=segments)
+    return inputs, options, draw(batch, heads, length, head_dim)
+
+
+def run(function, inputs, options, grad, dtype=None):
+    """Output and gradients, in NAMES' order."""
+    leaves = {n: x.detach().to(dtype or x.dtype).requires_grad_() for n, x in inputs.items() if x is not None}
+    out = function(**leaves, **options)
+    out = out[0] if isinstance(out, tuple) else out
+    gradients = torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))
+    return dict(zip(["out", *leaves], [out.detach(), *gradients], strict=True))
+
+
+def check(case, config=None):
+    inputs, options, grad = make(**case)
+    dtype = inputs["q"].dtype
+    right = run(attention_quadratic, inputs, options, grad, torch.float64)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    try:
+        got = run(lambda **kw: attention_training(**kw, config=config), inputs, options, grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    plain = run(attention_quadratic, inputs, options, grad) if dtype == torch.bfloat16 else None
+    for name, expected in right.items():
+        size, error = expected.norm(), (got[name].double() - expected).norm()
+        allowed, floor = 1e-4, 1e-6
+        if plain:  # the floor stands for gradients that cancel to nothing
+            allowed, floor = 5e-3, 1e-5
+            allowed = max(allowed, 2 * ((plain[name].double() - expected).norm() / size.clamp_min(1e-30)).item())
+        assert error <= max(allowed * size, floor * expected.numel() ** 0.5), f"{name}: {error / size:.1e} of {allowed:.1e}"
+
+
+CASES = {
+    "plain": {},
+    "one token": {"length": 1},
+    "within the window": {"length": 9},
+    "window - 1": {"length": 11},
+    "window": {"length": 12},
+    "window + 1": {"length": 13},
+    "no sinks": {"sinks": 0},
+    "window 1": {"window": 1, "sinks": 1, "length": 40},
+    "groups": {"heads": 6, "groups": 2},
+    "per query head, decay": {"heads": 4, "groups": 2, "per": "query_head", "decay": True},
+    "decay": {"decay": True},
+    "left padding": {"batch": 2, "pad": "left"},
+    "right padding": {"batch": 2, "pad": "right", "sinks": 0},
+    "segments": {"batch": 2, "cuts": (1, 2, 30, 45, 46)},
+    "segments and padding, decay": {"batch": 2, "cuts": (20, 45, 46), "pad": "left", "decay": True},
+    "large scores": {"large": 6.0},
+    "gate off": {"far_gate": -float("inf")},
+    "gate high": {"far_gate": 40.0},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_small_cases(name, dtype):
+    check({**CASES[name], "dtype": dtype}, config=SMALL if dtype == torch.float32 else None)
+
+
+GPU_CASES = {
+    **{f"length {t}": {"length": t, "window": 64} for t in (1, 63, 64, 65, 127, 1000, 4096)},
+    **{f"window {w}": {"window": w, "length": 700} for w in (16, 128, 256)},
+    **{f"around a window of {w}": {"window": w, "length": w + 1, "batch": 2} for w in (64, 128)},
+    **{f"head dim {x}": {"head_dim": x} for x in (80, 96, 128)},
+    **{f"map dim {x}": {"map_dim": x} for x in (8, 24, 32)},
+    **{f"{h} heads, {g} groups": {"heads": h, "groups": g} for h, g in ((3, 3), (9, 3), (8, 2), (16, 2))},
+    "pieces": {"cuts": (1, 2, 3, 130, 131, 500, 501), "length": 1000, "batch": 2},
+    "pieces, decay, no sinks": {"cuts": (64, 128, 500), "length": 1000, "decay": True, "sinks": 0},
+    "left padding, per query head": {"pad": "left", "batch": 3, "per": "query_head"},
+    "decay": {"decay": True, "length": 1000},
+    "scores to 60": {"large": 4.0},
+}
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_table(name, dtype):
+    check({"length": 500, "heads": 4, "groups": 2, "head_dim": 64, "map_dim": 16, "window": 64, "sinks": 4,
+           "dtype": dtype, **GPU_CASES[name]})  # fmt: skip
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("entry", CONFIGS, ids=str)
+def test_every_config(entry, head_dim):
+    shape = {"length": 700, "heads": 4, "groups": 2, "head_dim": head_dim, "map_dim": 16, "window": 64, "sinks": 4}
+    for extra in ({}, {"pad": "left", "cuts": (300,)}, {"decay": True}):
+        check({**shape, **extra, "dtype": entry[0]}, config=CONFIGS[entry])
+
+
+def test_dispatch_forces_and_refuses(monkeypatch):
+    inputs, options, _ = make(length=20)
+    expected, _ = attention_quadratic(**inputs, **options)
+    for choice in ("auto", "reference", "triton"):
+        out, state = attention(**inputs, **options, implementation=choice)
+        assert state is None
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    verdict = can_run(**inputs, **options, feature_map="hedgehog")
+    assert not verdict and "hedgehog" in verdict.reason
+    with pytest.raises(RuntimeError, match="softcap"):
+        attention(**inputs, **options, softcap=3.0, implementation="triton")
+    with pytest.raises(ValueError, match="choose one of"):
+        attention(**inputs, **options, implementation="cuda")
+    monkeypatch.setenv("LINEARIZE_KERNELS", "triton")
+    with pytest.raises(RuntimeError, match="state"):
+        attention(**inputs, **options, return_state=True)
+
+
+def test_no_second_derivative():
+    inputs, options, _ = make(length=20)
+    q = inputs.pop("q").requires_grad_()
+    out = attention_training(q=q, **inputs, **options, config=SMALL)
+    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
