@@ -1,8 +1,8 @@
 """Turns a loaded model of transformers into its linearized class, in place, and refuses what does not fit.
 
-No weight is copied. Nothing is known of any architecture beforehand: a few tokens are run through the model with an
-observer in its attention, which tells the shapes and the sliding windows; afterwards the converted model must give
-the same logits on a text that fits into the window.
+No weight is copied. Nothing is known of any architecture beforehand: a few tokens are run through the model with
+an observer in its attention, which tells the shapes and the sliding windows; afterwards the converted model must
+give the same logits on a text that fits into the window, and the same through a cache as without.
 """
 
 import copy
@@ -30,11 +30,12 @@ class AttentionShape:
 
 
 def linearize_(model, attention):
-    """Replaces the softmax attention of `model` (a causal LM of transformers) in place; returns the same object.
+    """Replaces the softmax attention of `model`, a causal LM of transformers, in place; returns `model`.
 
     attention: the recipe's `attention` section. New parameters are random until calibrated.
-    Raises ArchitectureError where the model's attention cannot be replaced, RecipeError for layers that do not exist.
-    The last checks run on the converted model: one that they refuse is left converted and should be dropped.
+    Raises ArchitectureError where the model's attention cannot be replaced, ModelError for a model in the wrong
+    state, RecipeError for layers that do not exist. The last checks run on the converted model: one that they
+    refuse is left converted and should be dropped.
     """
     shapes, logits = probe(model)
     layers = choose_layers(shapes, attention.keep_softmax)
@@ -55,7 +56,7 @@ def linearize_(model, attention):
 
 
 def probe(model) -> tuple[dict[int, AttentionShape], torch.Tensor]:
-    """Runs a few tokens through the base model: its attention shapes by layer, and its logits [1, T, vocabulary]."""
+    """Runs a few tokens through the base model: attention shapes by layer, and logits [1, T, vocabulary]."""
     name = type(model).__name__
     _require_causal_lm(model)
     modules = modeling.attention_modules(model)
@@ -66,14 +67,14 @@ def probe(model) -> tuple[dict[int, AttentionShape], torch.Tensor]:
     def observer(module, q, k, v, out, *, sliding_window, **_):
         if q.shape[-1] != k.shape[-1] or v.shape[-1] != q.shape[-1]:
             raise ArchitectureError(
-                f"{name}: keys are {k.shape[-1]} wide and values {v.shape[-1]} (multi-head latent attention?). Only "
-                "attention whose queries, keys and values have one width can be replaced."
+                f"{name}: keys are {k.shape[-1]} wide and values {v.shape[-1]} (multi-head latent attention?). "
+                "Only attention whose queries, keys and values have one width can be replaced."
             )
         index = module.layer_idx
         if index in shapes or modules.get(index) is not module:
             raise ArchitectureError(
-                f"{name}: layer {index} has more than one attention, or runs it more than once (cross, shared or "
-                "differential attention). Only one self-attention a layer can be replaced."
+                f"{name}: layer {index} has more than one attention, or runs it more than once (cross, shared "
+                "or differential attention). Only one self-attention a layer can be replaced."
             )
         shapes[index] = AttentionShape(q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], sliding_window)
 
@@ -84,7 +85,9 @@ def probe(model) -> tuple[dict[int, AttentionShape], torch.Tensor]:
             raise
         raise ArchitectureError(_no_interface(name, "it takes no extra keyword arguments")) from error
     if not shapes:
-        raise ArchitectureError(_no_interface(name, "it drops the keyword arguments on the way to its attention"))
+        raise ArchitectureError(
+            _no_interface(name, "it drops the keyword arguments on the way to its attention")
+        )
     return _with_cache_windows(model, shapes), logits
 
 
@@ -94,22 +97,24 @@ def _require_causal_lm(model) -> None:
         raise ModelError(f"{name} is converted already; convert its base model instead")
     if getattr(modeling.transformers, name, None) is not type(model) or not name.endswith(modeling.CAUSAL_LM):
         raise ArchitectureError(
-            f"{name} is not a decoder with a language modelling head of transformers itself; only those can be converted. "
-            "Load the model with AutoModelForCausalLM."
+            f"{name} is not a decoder with a language modelling head of transformers itself; only those can be "
+            "converted. Load the model with AutoModelForCausalLM."
         )
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise ModelError(f"{name} was spread over devices by device_map; load it without, onto one device, to convert it")
+        raise ModelError(
+            f"{name} was spread over devices by device_map; load it without, onto one device, to convert it"
+        )
 
 
 def _with_cache_windows(model, shapes):
-    """The shapes, with the sliding windows that only the model's cache knows of; refuses other kinds of caches."""
+    """The shapes, with the sliding windows that only the model's cache knows of; refuses other caches."""
     name = type(model).__name__
     own = DynamicCache(config=model.config).layers if model._supports_default_dynamic_cache() else []
     plain = {i for i in shapes if i < len(own) and type(own[i]) in (DynamicLayer, DynamicSlidingWindowLayer)}
     odd = sorted(set(shapes) - plain)
     if odd:
         raise ArchitectureError(
-            f"{name}: layers {odd} do not each have a cache of their own with keys and values alone (layers that share "
+            f"{name}: layers {odd} do not each have a cache of their own with keys and values alone (they share "
             "keys and values, or run attention beside a recurrence), so their memory cannot be replaced."
         )
     windows = {i: shapes[i].sliding_window or getattr(own[i], "sliding_window", None) for i in shapes}
@@ -123,22 +128,25 @@ def choose_layers(shapes: dict[int, AttentionShape], keep_softmax) -> list[int]:
     wrong = sorted(set(keep_softmax) - set(full))
     if wrong:
         raise RecipeError(
-            f"attention.keep_softmax: layers {wrong} are not full-attention layers of this model. Those are {full}"
+            f"attention.keep_softmax: layers {wrong} are not full-attention layers of this model. Those are "
+            f"{full}"
             + (f"; layers {sliding} already use a sliding window and stay as they are." if sliding else ".")
         )
     layers = [i for i in full if i not in keep_softmax]
     if not layers:
         raise ArchitectureError(
             f"no layer is left to convert: of {len(shapes)} attention layers, attention.keep_softmax keeps "
-            f"{len(keep_softmax)}, and {len(sliding)} use a sliding window already, so that their memory does not grow"
+            f"{len(keep_softmax)}, and {len(sliding)} use a sliding window already, so that their memory does "
+            "not grow"
         )
     return layers
 
 
 def _no_interface(name, reason):
     return (
-        f"{name} cannot be converted: conversion replaces the function that transformers' attention interface calls, and "
-        f"{reason}. Models such as Llama, Mistral, Qwen2/3, Gemma, Phi-3, OLMo-2, Granite or SmolLM3 can be."
+        f"{name} cannot be converted: conversion replaces the function that transformers' attention interface "
+        f"calls, and {reason}. Models such as Llama, Mistral, Qwen2/3, Gemma, Phi-3, OLMo-2, Granite or SmolLM3 "
+        "can be."
     )
 
 
@@ -148,7 +156,7 @@ def _probe_tokens(model) -> torch.Tensor:
 
 
 def _run_as_teacher(model, observer):
-    """Logits of the base model on the probe's tokens, with `observer` in its attention; leaves the model as it was."""
+    """Logits of the base model on the probe's tokens, with `observer` in its attention; the model stays as is."""
     config = model.config
     own = config._attn_implementation
     config._softmax_implementation, config._attn_implementation = own, modeling.TEACHER
@@ -175,7 +183,9 @@ def _become_linearized(model, spec) -> None:
             "linear_attention": spec,
         }
     )
-    if getattr(model, "hf_quantizer", None) is not None:  # a dequantised GGUF is an ordinary model from here on
+    if (
+        getattr(model, "hf_quantizer", None) is not None
+    ):  # a dequantised GGUF is an ordinary model from here on
         model.hf_quantizer.remove_quantization_config(model)
     for name in ("quantization_config", "_name_or_path"):
         config.__dict__.pop(name, None)
@@ -193,7 +203,11 @@ def _become_linearized(model, spec) -> None:
 @torch.no_grad()
 def _verify(model, expected) -> None:
     """A text that fits into the window gives the base model's logits, and a cache gives those of one pass."""
-    tokens, training, layers = _probe_tokens(model), model.training, modeling.linear_attentions(model).values()
+    tokens, training, layers = (
+        _probe_tokens(model),
+        model.training,
+        modeling.linear_attentions(model).values(),
+    )
     window = model.config.linear_attention["window"]
     model.eval()
     for layer in layers:
@@ -206,14 +220,18 @@ def _verify(model, expected) -> None:
     for piece in tokens.split([NUM_PROBE_TOKENS - 2, 1, 1], 1):
         pieces.append(model(input_ids=piece, past_key_values=cache, use_cache=True).logits)
     model.train(training)
-    _require_close(model, short, expected, "on a text shorter than the window the logits differ from the base model's")
-    _require_close(model, torch.cat(pieces, 1), parallel, "through a cache the logits differ from those without one")
+    _require_close(
+        model, short, expected, "on a text shorter than the window the logits differ from the base model's"
+    )
+    _require_close(
+        model, torch.cat(pieces, 1), parallel, "through a cache the logits differ from those without one"
+    )
 
 
 def _require_close(model, actual, expected, what) -> None:
     error = ((actual - expected).float().norm() / expected.float().norm()).item()
     if not error <= PROBE_TOLERANCE[expected.dtype]:
         raise ArchitectureError(
-            f"{type(model).__name__}: {what} by {error:.2g} (relative). Its attention does something that replacing it "
-            "would lose, so it is refused."
+            f"{type(model).__name__}: {what} by {error:.2g} (relative). Its attention does something that "
+            "replacing it would lose, so it is refused."
         )

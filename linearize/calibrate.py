@@ -118,7 +118,8 @@ def _teacher_sums(linear, q, k, v, allowed, scaling, softcap, sink_logits) -> _G
     scores = scaling * q @ k[:, None].transpose(-1, -2)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    shift = scores.masked_fill(~allowed[:, None], -torch.inf).amax(-1).clamp_min(-1e30)
+    scores = scores.masked_fill(~allowed[:, None], -torch.inf)
+    shift = scores.amax(-1).clamp_min(-1e30)  # finite for padding, whose row is empty
     weights = torch.exp(scores - shift[..., None])
     exact_weights, far_weights = weights * exact[:, None], weights * far[:, None]
     exact_mass = exact_weights.sum(-1)
@@ -162,7 +163,7 @@ def _gate(group: _Group, center, similarity):
     """
     ratio = torch.log(group.far_mass.clamp_min(1e-30)) + group.shift - torch.log(similarity.sum(-1).clamp_min(1e-30))
     target = ratio - group.scaling * group.q @ center
-    share = group.far_mass / (group.far_mass + group.exact_mass)
+    share = group.far_mass / (group.far_mass + group.exact_mass).clamp_min(1e-30)
     far_mean = group.far_sum / group.far_mass.clamp_min(1e-30)[..., None]
     exact_mean = group.exact_sum / group.exact_mass.clamp_min(1e-30)[..., None]
     weight = (share * (1 - share)).square() * (far_mean - exact_mean).square().sum(-1) * group.has_far

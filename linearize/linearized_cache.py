@@ -1,5 +1,7 @@
 """The cache of a converted layer in transformers' terms: one `State`, of constant size."""
 
+from dataclasses import replace
+
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
@@ -11,7 +13,7 @@ class CacheError(ValueError):
 
 
 class LinearizedCacheLayer(CacheLayerMixin):
-    """Holds a layer's `State` between calls. `keys` and `values` stay None: nothing here grows with the text."""
+    """Holds a layer's `State` between calls. `keys` and `values` stay None: nothing grows with the text."""
 
     is_sliding = False  # masks for the full-attention layers a model has kept may be sized by this layer
     supports_early_init = False
@@ -23,12 +25,14 @@ class LinearizedCacheLayer(CacheLayerMixin):
         self.num_seen = 0  # slots, padding included
         self.num_extra = 0  # ring slots beyond the window, kept so that tokens can be cropped
         self.num_in_ring = 0  # slots of the ring that hold something
+        self.log_decay = None  # [M] of the layer that fills this cache, where it has one
 
     def attend(self, linear_attn, q, k, v, **options):
-        """Runs `linear_attn` on new tokens after what this cache holds, and remembers them. Returns its output."""
+        """Runs `linear_attn` on new tokens after what this cache holds, and remembers them. Returns [B, H, T, V]."""
         if self.state is None:
             self.state = linear_attn.empty_state(k, v, extra=self.num_extra)
             self.is_initialized = True
+        self.log_decay = linear_attn.log_decay
         out, self.state = linear_attn(q, k, v, state=self.state, return_state=True, **options)
         self.num_seen += q.shape[2]
         self.num_in_ring = min(self.num_in_ring + q.shape[2], self.state.ring_valid.shape[1])
@@ -47,13 +51,15 @@ class LinearizedCacheLayer(CacheLayerMixin):
         return self.num_extra > 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the newest -tokens_to_remove slots (the argument is zero or negative, as in transformers)."""
+        """Takes back the newest -tokens_to_remove slots (zero or negative, as in transformers)."""
         count = -tokens_to_remove
         if count < 0:
             raise CacheError("crop takes the number of tokens to remove as a negative number")
         if count == 0 or self.state is None:
             return
-        needed = self.state.ring_valid.shape[1] - self.num_extra  # what the next token's window reaches back to
+        needed = (
+            self.state.ring_valid.shape[1] - self.num_extra
+        )  # what the next token's window reaches back to
         if self.num_seen > self.num_in_ring and self.num_in_ring - count < needed:
             raise CacheError(
                 f"cannot take back {count} tokens: only {self.num_in_ring - needed} newest ones are kept apart. Call "
@@ -61,11 +67,16 @@ class LinearizedCacheLayer(CacheLayerMixin):
                 f"{DRAFT_SLOTS} at a time (num_assistant_tokens, prompt_lookup_num_tokens)."
             )
         self.state = self.state.crop(count)
+        if self.log_decay is not None:  # the sum is weighted as seen from the next token, which is an earlier one now
+            undo = torch.exp((-count * self.log_decay.detach().float()).clamp_max(80))[:, None, None]
+            self.state = replace(self.state, total=self.state.total * undo)
         self.num_seen -= count
         self.num_in_ring -= count
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise CacheError("a converted layer's cache is filled by its own attention, see LinearizedCacheLayer.attend")
+        raise CacheError(
+            "a converted layer's cache is filled by its own attention, see LinearizedCacheLayer.attend"
+        )
 
     def update(self, key_states, value_states, *args, **kwargs):
         raise CacheError(

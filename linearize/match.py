@@ -35,7 +35,7 @@ class MatchStage:
     def run(self, batch, *, scale, backward):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
         valid = _padding(inputs.get("attention_mask"), inputs["input_ids"].shape[1])
-        segments = _packed_segments(inputs.get("position_ids"), None)
+        segments = _packed_segments(inputs.get("position_ids"), inputs["input_ids"].shape[0])
         figures = {}
 
         def observer(module, q, k, v, out, *, scaling, softcap, sink_logits, **_):

@@ -1,12 +1,12 @@
 """A decoder of transformers with some of its softmax attention layers replaced, as transformers sees it.
 
-Nothing of a model's code is copied. A converted layer is the base model's own attention module, its class swapped
-for a subclass of itself; a function registered with transformers' attention interface receives q, k, v after
-projection, norms and rotary embedding and hands them to `module.linear_attn`. Config and model classes are made on
-demand from the base model's (`LinearizedLlamaConfig`, `LinearizedLlamaForCausalLM`, ...).
+Nothing of a model's code is copied. A converted layer is the base model's own attention module, its class
+swapped for a subclass of itself; a function registered with transformers' attention interface receives q, k, v
+after projection, norms and rotary embedding and hands them to `module.linear_attn`. Config and model classes are
+made on demand from the base model's (`LinearizedLlamaConfig`, `LinearizedLlamaForCausalLM`, ...).
 
-An exported folder carries this file and those it imports relatively, so that it loads with trust_remote_code=True
-where linearize is not installed.
+An exported folder carries this file and those it imports relatively, so that it loads with
+trust_remote_code=True where linearize is not installed.
 
 B batch, T time, H query heads, G kv heads, D head dim
 """
@@ -20,16 +20,27 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+)
 from transformers.cache_utils import DynamicCache
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .linear_attention import FEATURE_MAPS, LinearAttention, State, hybrid_attention
 from .linearized_cache import CacheError, LinearizedCacheLayer
 
-LINEARIZED = "linearized"  # model type, and the implementation in which converted layers run their linear attention
+LINEARIZED = (
+    "linearized"  # model type, and the implementation in which converted layers run their linear attention
+)
 CAUSAL_LM = ("ForCausalLM", "LMHeadModel")  # how transformers' class names of causal language models end
 TEACHER = "linearized_teacher"  # the implementation in which they run the base model's softmax
 
@@ -37,19 +48,26 @@ TEACHER = "linearized_teacher"  # the implementation in which they run the base 
 # --------------------------------------------------------------------------------------------- attention functions
 
 
-def linearized_attention(module, query, key, value, attention_mask, scaling=None, linear_context=None, **kwargs):
-    """transformers' attention interface for a converted layer: q [B, H, T, D], k, v [B, G, T, D] -> [B, T, H, D]."""
-    cache = linear_context.cache
+def linearized_attention(module, query, key, value, attention_mask, scaling=None, linear_context=None,
+                         linear_cache=None, **kwargs):  # fmt: skip
+    """transformers' attention interface for a converted layer: q [B, H, T, D], k, v [B, G, T, D] -> [B, T, H, D].
+
+    linear_context comes from the model's forward, linear_cache (a Cache or None) from the attention module's.
+    """
+    valid, segments = linear_context.on(query.device)
     options = dict(
-        scaling=_scaling(query, scaling), valid=linear_context.valid, segments=linear_context.segments,
+        scaling=_scaling(query, scaling), valid=valid, segments=segments,
         softcap=kwargs.get("softcap"), sink_logits=kwargs.get("s_aux"),
     )  # fmt: skip
-    if cache is None:
+    if linear_cache is None:
         out, _ = module.linear_attn(query, key, value, **options)
     else:
-        layer = cache.layers[module.layer_idx]
+        layer = linear_cache.layers[module.layer_idx] if module.layer_idx < len(linear_cache.layers) else None
         if not isinstance(layer, LinearizedCacheLayer):
-            raise CacheError(_WRONG_CACHE.format(kind=type(cache).__name__, layer=module.layer_idx))
+            raise CacheError(
+                f"the cache handed to the model ({type(linear_cache).__name__}) holds no state for converted layer "
+                f"{module.layer_idx}. Leave past_key_values out, or pass model.make_cache()."
+            )
         out = layer.attend(module.linear_attn, query, key, value, **options)
     return out.transpose(1, 2).contiguous(), None
 
@@ -78,7 +96,9 @@ def softmax_function(module):
         eager = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
         if eager is not None:
             return eager
-    raise ValueError(f"{type(module).__name__}: no eager_attention_forward beside it; this architecture is not supported")
+    raise ValueError(
+        f"{type(module).__name__}: no eager_attention_forward beside it; this architecture is not supported"
+    )
 
 
 def linearized_mask(*, config, **kwargs):
@@ -95,12 +115,6 @@ ALL_ATTENTION_FUNCTIONS.register(TEACHER, teacher_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(LINEARIZED, linearized_mask)
 ALL_MASK_ATTENTION_FUNCTIONS.register(TEACHER, softmax_mask)
 
-_WRONG_CACHE = (
-    "the cache handed to the model ({kind}) holds no state for converted layer {layer}. Leave past_key_values out, or "
-    "pass model.make_cache()."
-)
-
-
 def _scaling(query, scaling):
     return query.shape[-1] ** -0.5 if scaling is None else scaling
 
@@ -108,10 +122,13 @@ def _scaling(query, scaling):
 class LinearContext:
     """What converted layers need besides q, k, v; rides through the model's forward as one opaque object."""
 
-    def __init__(self, valid, segments, cache):
+    def __init__(self, valid, segments):
         self.valid = valid  # [B, T] bool, or None: no padding
         self.segments = segments  # [B, T] int, or None: one document a row
-        self.cache = cache
+
+    def on(self, device):
+        """(valid, segments) on the device of a layer."""
+        return tuple(None if x is None else x.to(device) for x in (self.valid, self.segments))
 
 
 # ------------------------------------------------------------------------------------------------- attention modules
@@ -124,14 +141,18 @@ class LinearizedAttentionMixin:
         if self.config._attn_implementation == LINEARIZED:
             for name in ("past_key_values", "layer_past"):  # GPT-NeoX calls it layer_past
                 if name in kwargs:
-                    kwargs[name] = None
+                    kwargs["linear_cache"] = kwargs.pop(name)
         return super().forward(**kwargs)
 
 
 @functools.cache
 def _linearized_attention_class(cls):
     forward = _signed_as(cls.forward, LinearizedAttentionMixin.forward)
-    return type("Linearized" + cls.__name__, (LinearizedAttentionMixin, cls), {"__module__": __name__, "forward": forward})
+    return type(
+        "Linearized" + cls.__name__,
+        (LinearizedAttentionMixin, cls),
+        {"__module__": __name__, "forward": forward},
+    )
 
 
 def _signed_as(base_forward, forward):
@@ -156,9 +177,13 @@ def attention_modules(model) -> dict:
     for module in model.modules():
         recorded.update(getattr(module, "_can_record_outputs", None) or {})
     wanted = recorded.get("attentions", ())
-    classes = [getattr(w, "target_class", w) for w in (wanted if isinstance(wanted, (list, tuple)) else [wanted])]
+    classes = [
+        getattr(w, "target_class", w) for w in (wanted if isinstance(wanted, (list, tuple)) else [wanted])
+    ]
     classes = tuple(c for c in classes if isinstance(c, type))
-    found = [m for m in model.modules() if isinstance(m, classes) and getattr(m, "layer_idx", None) is not None]
+    found = [
+        m for m in model.modules() if isinstance(m, classes) and getattr(m, "layer_idx", None) is not None
+    ]
     return {m.layer_idx: m for m in found}
 
 
@@ -203,7 +228,9 @@ class LinearizedConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         base = CONFIG_MAPPING[config_dict["base_model_type"]]
-        getattr(_this_module(), "Linearized" + MODEL_FOR_CAUSAL_LM_MAPPING[base].__name__)  # registers the pair
+        getattr(
+            _this_module(), "Linearized" + MODEL_FOR_CAUSAL_LM_MAPPING[base].__name__
+        )  # registers the pair
         return getattr(_this_module(), "Linearized" + base.__name__).from_dict(config_dict, **kwargs)
 
 
@@ -285,7 +312,10 @@ def code_files() -> list[Path]:
     """The source files an exported folder needs; wherever they lie, they go side by side into the folder."""
     reference = sys.modules[hybrid_attention.__module__].__file__
     states = [Path(sys.modules[x.__module__].__file__) for x in (State, FEATURE_MAPS["taylor"])]
-    own = [Path(__file__).with_name(f"{n}.py") for n in ("modeling_linearized", "linear_attention", "linearized_cache")]
+    own = [
+        Path(__file__).with_name(f"{n}.py")
+        for n in ("modeling_linearized", "linear_attention", "linearized_cache")
+    ]
     return own + [Path(reference).with_name("reference.py")] + states
 
 
@@ -317,16 +347,14 @@ def _with_context(model, *, input_ids=None, inputs_embeds=None, attention_mask=N
     batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
     segments = None if attention_mask is not None else _packed_segments(position_ids, batch)
     if segments is not None and (use_cache or past_key_values is not None):
-        raise CacheError("packed documents (position_ids that restart) have no common cache: pass use_cache=False")
-    if model.training and model.is_gradient_checkpointing:
-        if past_key_values is not None:
-            raise CacheError("a cache cannot be filled under gradient checkpointing, which runs layers twice")
-        use_cache = False
-    elif use_cache is None:
+        raise CacheError(
+            "packed documents (position_ids that restart) have no common cache: pass use_cache=False"
+        )
+    if use_cache is None:
         use_cache = model.config.use_cache and not model.training and segments is None
     if use_cache and past_key_values is None:
         past_key_values = model.make_cache()
-    context = LinearContext(_padding(attention_mask, length), segments, past_key_values)
+    context = LinearContext(_padding(attention_mask, length), segments)
     return {"past_key_values": past_key_values, "use_cache": use_cache, "linear_context": context}
 
 

@@ -160,7 +160,9 @@ class EvaluateSettings(Section):
     recall_distances: list[int] = setting(
         [128, 512], help="tokens between a fact and its question", minimum=1, unique=True
     )
-    key_recall_samples: int = setting(32, help="questions a distance, on keys planted in the text; 0 skips", minimum=0)
+    key_recall_samples: int = setting(
+        32, help="questions a distance, on keys planted in the text; 0 skips", minimum=0
+    )
     tasks: list[str] = setting([], help="lm-eval tasks (needs the extra: linearize[eval])", unique=True)
     task_path: str | None = setting(None, help="folder of your own lm-eval tasks")
     task_limit: int | None = setting(None, help="examples a task; null is all", minimum=1)

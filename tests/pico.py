@@ -17,71 +17,64 @@ _COMMON = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
-_HYBRID = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-_FOUR_LAYERS = {"num_hidden_layers": 4}
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+_SLIDING_AND_FULL = dict(
+    num_hidden_layers=4, sliding_window=6, layer_types=["sliding_attention", "full_attention"] * 2
+)
 
-# name -> (model type, what its config has beyond _COMMON); two full-attention layers or more in each
+# name -> (model type, what its config has beyond _COMMON); at least two full-attention layers in each
 ARCHITECTURES = {
     "llama": ("llama", {}),
-    "mistral": ("mistral", {"sliding_window": None}),
-    "mixtral": ("mixtral", {"sliding_window": None, "num_local_experts": 4}),
-    "qwen2": ("qwen2", {"use_sliding_window": False}),
-    "qwen2_moe": ("qwen2_moe", {**_EXPERTS, "shared_expert_intermediate_size": 32}),
-    "qwen3": ("qwen3", {"head_dim": 16}),
-    "qwen3_moe": ("qwen3_moe", {**_EXPERTS, "head_dim": 8}),
-    "gemma": ("gemma", {"head_dim": 16}),
+    "mistral": ("mistral", dict(sliding_window=None)),
+    "mixtral": ("mixtral", dict(sliding_window=None, num_local_experts=4)),
+    "qwen2": ("qwen2", dict(use_sliding_window=False)),
+    "qwen2_moe": ("qwen2_moe", dict(**_EXPERTS, shared_expert_intermediate_size=32)),
+    "qwen3": ("qwen3", dict(head_dim=16)),
+    "qwen3_moe": ("qwen3_moe", dict(**_EXPERTS, head_dim=8)),
+    "gemma": ("gemma", dict(head_dim=16)),
     "gemma2": (
         "gemma2",
-        {
-            **_FOUR_LAYERS,
-            "head_dim": 8,
-            "sliding_window": 6,
-            "layer_types": _HYBRID,
-            "attn_logit_softcapping": 2.0,
-            "query_pre_attn_scalar": 8,
-        },
+        dict(**_SLIDING_AND_FULL, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=2.0),
     ),
-    "gemma3": (
-        "gemma3_text",
-        {
-            **_FOUR_LAYERS,
-            "head_dim": 8,
-            "sliding_window": 6,
-            "layer_types": _HYBRID,
-            "query_pre_attn_scalar": 8,
-        },
-    ),
-    "phi": ("phi", {"num_key_value_heads": 4}),
-    "phi3": ("phi3", {"sliding_window": None}),
+    "gemma3": ("gemma3_text", dict(**_SLIDING_AND_FULL, head_dim=8, query_pre_attn_scalar=8)),
+    "phi": ("phi", dict(num_key_value_heads=4)),
+    "phi3": ("phi3", dict(sliding_window=None)),
     "olmo": ("olmo", {}),
     "olmo2": ("olmo2", {}),
-    "granite": ("granite", {"attention_multiplier": 0.4, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
-    "smollm3": ("smollm3", {**_FOUR_LAYERS, "no_rope_layers": [1, 1, 1, 0], "use_sliding_window": False}),
-    "cohere": ("cohere", {"use_qk_norm": True}),
-    "cohere2": ("cohere2", {**_FOUR_LAYERS, "sliding_window": 6, "layer_types": _HYBRID}),
+    "olmoe": ("olmoe", dict(num_experts=4, num_experts_per_tok=2)),
+    "granite": ("granite", dict(attention_multiplier=0.4, residual_multiplier=0.5, logits_scaling=2.0)),
+    "smollm3": (
+        "smollm3",
+        dict(num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0], use_sliding_window=False),
+    ),
+    "cohere": ("cohere", dict(use_qk_norm=True)),
+    "cohere2": ("cohere2", _SLIDING_AND_FULL),
     "gpt_oss": (
         "gpt_oss",
-        {
-            **_FOUR_LAYERS,
-            "head_dim": 8,
-            "sliding_window": 6,
-            "layer_types": _HYBRID,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-        },
+        dict(
+            **_SLIDING_AND_FULL, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+    ),  # fmt: skip
+    "starcoder2": ("starcoder2", dict(sliding_window=None)),
+    "glm": ("glm", dict(head_dim=8)),
+    "ernie4_5": ("ernie4_5", dict(head_dim=8)),
+    "gpt2": ("gpt2", {}),
+    "gpt_neox": ("gpt_neox", {}),
+    "opt": ("opt", dict(ffn_dim=48, word_embed_proj_dim=32)),
+    "lfm2": (
+        "lfm2",
+        dict(num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2, block_multiple_of=8),
     ),
-    "starcoder2": ("starcoder2", {"sliding_window": None}),
-    "stablelm": ("stablelm", {"partial_rotary_factor": 0.5}),
-    "glm": ("glm", {"head_dim": 8}),
-    "ernie4_5": ("ernie4_5", {"head_dim": 8}),
 }
 
 
 def make_model(name: str = "llama", *, seed: int = 0, dtype=torch.float32, **settings):
     """A random model in eval mode, float32 unless told, whose logits depend strongly on distant tokens."""
     model_type, extra = ARCHITECTURES.get(name, (name, {}))
-    return make_from_config(AutoConfig.for_model(model_type, **{**_COMMON, **extra, **settings}), seed=seed, dtype=dtype)
+    return make_from_config(
+        AutoConfig.for_model(model_type, **{**_COMMON, **extra, **settings}), seed=seed, dtype=dtype
+    )
 
 
 def make_from_config(config, *, seed: int = 0, dtype=torch.float32):
@@ -100,7 +93,9 @@ def make_from_config(config, *, seed: int = 0, dtype=torch.float32):
     return model
 
 
-def attention(*, window=WINDOW, sinks=SINKS, name="taylor", dim=4, per="kv_head", decay=True, keep_softmax=()):
+def attention(
+    *, window=WINDOW, sinks=SINKS, name="taylor", dim=4, per="kv_head", decay=True, keep_softmax=()
+):
     """The recipe's attention section, small."""
     feature_map = FeatureMapSettings(name=name, dim=dim, per=per)
     return AttentionSettings(
@@ -122,9 +117,11 @@ def randomise(model, *, seed: int = 0) -> None:
     for linear_attn in linear_attentions(model).values():
         for name, parameter in linear_attn.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            scale, offset = {"gate_bias": (0.5, 0.0), "decay_logit": (0.5, -2.0), "key_center": (1.0, 0.0)}.get(
-                name, (0.7 * linear_attn.head_dim**-0.5, 0.0)
-            )
+            scale, offset = {
+                "gate_bias": (0.5, 0.0),
+                "decay_logit": (0.5, -2.0),
+                "key_center": (1.0, 0.0),
+            }.get(name, (0.7 * linear_attn.head_dim**-0.5, 0.0))
             parameter.copy_(offset + scale * noise)
 
 
@@ -141,12 +138,14 @@ def logits_of(model, tokens, **kwargs) -> torch.Tensor:
 
 @torch.no_grad()
 def logits_in_pieces(model, tokens, sizes, **kwargs) -> torch.Tensor:
-    """[B, T, V] logits with the tokens fed through a cache in pieces of these sizes (the last one repeats)."""
+    """[B, T, V] logits with the tokens fed through a cache in pieces of these sizes (the last repeats)."""
     cache, pieces, start = model.make_cache(), [], 0
     sizes = list(sizes)
     while start < tokens.shape[1]:
         size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
-        out = model(input_ids=tokens[:, start : start + size], past_key_values=cache, use_cache=True, **kwargs)
+        out = model(
+            input_ids=tokens[:, start : start + size], past_key_values=cache, use_cache=True, **kwargs
+        )
         pieces.append(out.logits)
         start += size
     return torch.cat(pieces, 1)

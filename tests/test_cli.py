@@ -46,15 +46,16 @@ def fake_module(monkeypatch):
 
 
 def test_help_is_fast_and_shows_every_verb(tmp_path):
-    run("--help")  # writes the bytecode
-    start = time.perf_counter()
-    result = run("--help", cwd=tmp_path)
-    seconds = time.perf_counter() - start
+    seconds = []
+    for _ in range(4):  # the first one writes the bytecode; others may share the machine with other work
+        start = time.perf_counter()
+        result = run("--help", cwd=tmp_path)
+        seconds.append(time.perf_counter() - start)
     assert result.returncode == 0
     for verb in ("convert", "generate", "eval", "report", "recipes"):
         assert f"\n    {verb} " in result.stdout
     assert "linearize convert my.yaml" in result.stdout
-    assert seconds < 1
+    assert min(seconds) < 1
 
 
 def test_start_imports_nothing_heavy(tmp_path):
@@ -160,6 +161,8 @@ def test_convert_hands_on_the_recipe(fake_module, capsys):
     assert cli.main(["convert", "a/b", "--dry-run"]) == 0
     assert capsys.readouterr().out == "the plan of b\n"
     assert len(calls) == 1
+    assert cli.main(["convert", "a/b"]) == 0
+    assert (calls[1][0].model.id, calls[1][1]) == ("a/b", False)
 
 
 def test_generate_hands_on_its_options(fake_module, monkeypatch):
@@ -317,7 +320,7 @@ def test_interrupted(fake_module, capsys):
 
 def test_a_reader_that_stops_reading_is_no_error(tmp_path):
     command = [sys.executable, "-m", "linearize.cli", "recipes", "show", "quickstart"]
-    env = {**os.environ, "PYTHONPATH": PATH}
+    env = {**os.environ, "PYTHONPATH": PATH, "PYTHONUNBUFFERED": ""}  # the write fails as late as it can
     reader, writer = os.pipe()
     os.close(reader)  # every write to it fails now
     process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path)

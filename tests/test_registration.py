@@ -41,13 +41,18 @@ def python(code: str, *args: str, cwd: Path, path: str = PATH) -> str:
     return result.stdout.strip()
 
 
+def fake_transformers(folder: Path) -> Path:
+    """Empty packages where transformers has its own; returns the innermost."""
+    auto = folder / "transformers" / "models" / "auto"
+    auto.mkdir(parents=True)
+    for package in (auto, auto.parent, auto.parent.parent):
+        (package / "__init__.py").touch()
+    return auto
+
+
 @pytest.mark.parametrize("order", IMPORT_ORDERS)
 def test_the_table_gets_our_model_type_in_any_order(order, tmp_path):
-    auto = tmp_path / "transformers" / "models" / "auto"
-    auto.mkdir(parents=True)
-    for folder in (auto, auto.parent, auto.parent.parent):
-        (folder / "__init__.py").touch()
-    (auto / "configuration_auto.py").write_text(TABLE)
+    (fake_transformers(tmp_path) / "configuration_auto.py").write_text(TABLE)
     code = IMPORT_ORDERS[order] + (
         f"\nimport sys\ntable = sys.modules['{TABLE_MODULE}']\n"
         "assert table.__file__.startswith(sys.argv[1])\n"
@@ -57,14 +62,13 @@ def test_the_table_gets_our_model_type_in_any_order(order, tmp_path):
     assert python(code, str(tmp_path), cwd=tmp_path, path=path) == "['llama', 'linearized'] linearized"
 
 
-def test_without_transformers_the_import_error_is_the_usual_one(tmp_path):
-    (tmp_path / "transformers").mkdir()
-    (tmp_path / "transformers" / "__init__.py").touch()
+def test_where_there_is_no_table_the_import_error_is_the_usual_one(tmp_path):
+    fake_transformers(tmp_path)
     code = (
-        f"import linearize\ntry:\n    import {TABLE_MODULE}\nexcept ModuleNotFoundError as e:\n    print(e)"
+        f"import linearize\ntry:\n    import {TABLE_MODULE}\nexcept ImportError as e:\n    print(e)"
     )
     path = os.pathsep.join([str(tmp_path), PATH])
-    assert python(code, cwd=tmp_path, path=path) == "No module named 'transformers.models'"
+    assert python(code, cwd=tmp_path, path=path) == f"No module named '{TABLE_MODULE}'"
 
 
 @pytest.fixture(scope="module")

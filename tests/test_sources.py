@@ -44,6 +44,7 @@ def fails(tmp_path, data, *parts):
         read(tmp_path, data)
     for part in parts:
         assert part in str(caught.value)
+    assert not isinstance(caught.value.__cause__, DataError), "an error of ours is not wrapped again"
 
 
 def write_jsonl(path, rows):

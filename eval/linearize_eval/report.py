@@ -105,7 +105,7 @@ def measure_report(
 
 @dataclass
 class _Plan:
-    """What is measured of every variant: `copies` distances of copy recall, `samples` questions by distance."""
+    """What is measured of every variant: `copies` are distances, `samples` questions by distance."""
 
     rows: torch.Tensor
     edges: list[int]

@@ -20,6 +20,7 @@ from .state import State
 
 FOLD = 64  # as in decode_kernels
 DTYPES = (torch.float32, torch.bfloat16)
+LAUNCH = dict(RB=32, FB=32, num_warps=4, num_stages=3)  # ring slots and features at once
 TARGET_PROGRAMS = 264  # enough to fill a large GPU; fewer splits recompute fewer scores
 
 
@@ -41,14 +42,16 @@ class DecodeState:
     window: int
 
     @classmethod
-    def from_state(cls, state: State, *, window: int, dtype=torch.float32, splits: int | None = None) -> "DecodeState":
+    def from_state(
+        cls, state: State, *, window: int, dtype=torch.float32, splits: int | None = None
+    ) -> "DecodeState":
         """The same memory in the static layout. state: with a ring of window - 1 and the far heads of k.
 
         dtype: of the sum, float32 or bfloat16 (half the traffic, about 1e-2 relative in the far term).
         splits: programs a kv head; a power of two. Raises ValueError for a state that does not fit.
         """
         batch, groups, ring, head_dim = state.ring_k.shape
-        far_heads, num_features, value_dim = state.total.shape[1], state.total.shape[2], state.ring_v.shape[-1]
+        far_heads, value_dim = state.total.shape[1], state.ring_v.shape[-1]
         map_dim = state.ring_far.shape[-1]
         if ring != window - 1 or window < 2 or far_heads != groups:
             raise ValueError(
@@ -136,8 +139,8 @@ def decode(q, k, v, q_far, k_far, gate, state: DecodeState, *, scaling, log_deca
         state.window, state.ring_k.shape[2], sinks, heads // groups, heads, state.total.shape[2],
         scaling * math.log2(math.e),
         D=head_dim, V=value_dim, DIM=map_dim, DP=_pad(head_dim), FP=_pad(map_dim), VB=_pad(-(-value_dim // splits)),
-        RB=32, FB=32, SINKS=_pad(sinks + 1), HP=16, DECAY=log_decay is not None,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+        SINKS=_pad(sinks + 1), HP=16, DECAY=log_decay is not None,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **LAUNCH,
     )  # fmt: skip
     return out
 
@@ -152,7 +155,8 @@ def why_not(q, k, v, q_far, k_far) -> str:
         ),
         f"head dims {q.shape[-1]} and {v.shape[-1]}: up to 256": max(q.shape[-1], v.shape[-1]) <= 256,
         f"map dim {q_far.shape[-1]}: up to 32": q_far.shape[-1] <= 32,
-        f"{heads} query heads, {groups} kv heads: up to 16 a group": heads % groups == 0 and heads // groups <= 16,
+        f"{heads} query heads, {groups} kv heads: up to 16 a group": heads % groups == 0
+        and heads // groups <= 16,
         f"{k_far.shape[1]} far heads, {groups} kv heads: as many": k_far.shape[1] == groups,
     }
     return next((reason for reason, fine in checks.items() if not fine), "")

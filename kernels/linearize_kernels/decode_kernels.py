@@ -14,22 +14,19 @@ FOLD = tl.constexpr(64)  # tokens folded at once
 
 
 @triton.jit
-def _features(x, stride, pairs, rows, num_rows, start, num_features, DIM: tl.constexpr, ROWS: tl.constexpr,
-              FB: tl.constexpr):  # fmt: skip
-    """Taylor features start ... start + FB of rows of x [., DIM] -> [ROWS, FB] float32, zero outside.
+def taylor_features(x, stride, pairs, rows, is_row, feature, num_features, DIM: tl.constexpr):
+    """Taylor features of rows of x [., DIM], float32, zero outside. rows, is_row and feature are shaped to broadcast.
 
     pairs [2, F]: which two entries make a feature; entry DIM stands for 1. A square carries sqrt(1/2).
     """
-    feature = start + tl.arange(0, FB)
     exists = feature < num_features
     i = tl.load(pairs + feature, mask=exists, other=DIM)
     j = tl.load(pairs + num_features + feature, mask=exists, other=DIM)
-    inside = (tl.arange(0, ROWS) < num_rows)[:, None]
-    left = tl.load(x + rows[:, None] * stride + i[None, :], mask=inside & (i < DIM)[None, :], other=1.0)
-    right = tl.load(x + rows[:, None] * stride + j[None, :], mask=inside & (j < DIM)[None, :], other=1.0)
+    rows = tl.cast(rows, tl.int64) * stride
+    left = tl.load(x + rows + i, mask=is_row & (i < DIM), other=1.0).to(tl.float32)
+    right = tl.load(x + rows + j, mask=is_row & (j < DIM), other=1.0).to(tl.float32)
     weight = tl.where((i == j) & (i < DIM), 0.7071067811865476, 1.0)
-    product = left.to(tl.float32) * right.to(tl.float32) * weight[None, :]
-    return tl.where(inside & exists[None, :], product, 0.0)
+    return tl.where(is_row & exists, left * right * weight, 0.0)
 
 
 @triton.jit
@@ -84,8 +81,14 @@ def decode_kernel(
     for start in range(0, num_features, FB):
         feature = start + tl.arange(0, FB)
         exists = feature < num_features
-        x = _features(q_far, qf_h, pairs, head, group, start, num_features, DIM, HP, FB)
-        sums = tl.load(total + feature[:, None] * V + column[None, :], mask=exists[:, None] & is_column[None, :], other=0.0)
+        x = taylor_features(
+            q_far, qf_h, pairs, head[:, None], is_head[:, None], feature[None, :], num_features, DIM
+        )
+        sums = tl.load(
+            total + feature[:, None] * V + column[None, :],
+            mask=exists[:, None] & is_column[None, :],
+            other=0.0,
+        )
         far_acc = tl.dot(x, sums.to(tl.float32), far_acc, input_precision="tf32x3")
         far_total += tl.sum(x * tl.load(norm + feature, mask=exists, other=0.0)[None, :], 1)
     count = tl.load(norm)  # the constant feature's sum: above 0 where anything was folded
@@ -96,7 +99,9 @@ def decode_kernel(
     sees_far = (count > 0).to(tl.int32)
 
     # The sinks and this token, exactly.
-    queries = tl.load(q + b * q_b + h[:, None] * q_h + dim[None, :], mask=is_head[:, None] & is_dim[None, :], other=0.0)
+    queries = tl.load(
+        q + b * q_b + h[:, None] * q_h + dim[None, :], mask=is_head[:, None] & is_dim[None, :], other=0.0
+    )
     row = tl.arange(0, SINKS)
     is_sink, is_new = (row < sinks) & (row < length), row == sinks
     sink_base = bg * sinks + row[:, None]
@@ -104,7 +109,9 @@ def decode_kernel(
     new_v = tl.load(v + b * v_b + g * v_h + column, mask=is_column, other=0.0)
     keys = tl.load(sink_k + sink_base * D + dim[None, :], mask=is_sink[:, None] & is_dim[None, :], other=0.0)
     keys = tl.where(is_new[:, None], new_k[None, :], keys)
-    values = tl.load(sink_v + sink_base * V + column[None, :], mask=is_sink[:, None] & is_column[None, :], other=0.0)
+    values = tl.load(
+        sink_v + sink_base * V + column[None, :], mask=is_sink[:, None] & is_column[None, :], other=0.0
+    )
     values = tl.where(is_new[:, None], new_v[None, :], values)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
     scores = tl.where((is_sink | is_new)[None, :], scores, float("-inf"))
@@ -114,7 +121,9 @@ def decode_kernel(
     shift, exact_total, exact_acc = _exact(scores, values, shift, exact_total, exact_acc, PRECISION)
 
     # The ring: the window exactly, older tokens that are not folded yet by T(x).
-    x_q = tl.load(q_far + head[:, None] * qf_h + far_dim[None, :], mask=is_head[:, None] & is_far[None, :], other=0.0)
+    x_q = tl.load(
+        q_far + head[:, None] * qf_h + far_dim[None, :], mask=is_head[:, None] & is_far[None, :], other=0.0
+    )
     ring_k += bg * ring * D
     ring_v += bg * ring * V
     ring_far += bg * ring * DIM
@@ -125,12 +134,20 @@ def decode_kernel(
         age = tl.where(age < 0, age + ring, age)
         held = (slot < ring) & (age > 0) & (now - age >= folded)
         held = held & (tl.load(ring_kind + slot, mask=held, other=0) == 1)
-        keys = tl.load(ring_k + slot[:, None] * D + dim[None, :], mask=held[:, None] & is_dim[None, :], other=0.0)
-        values = tl.load(ring_v + slot[:, None] * V + column[None, :], mask=held[:, None] & is_column[None, :], other=0.0)
-        x_k = tl.load(ring_far + slot[:, None] * DIM + far_dim[None, :], mask=held[:, None] & is_far[None, :], other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-        scores = tl.where((held & (age < window))[None, :], scores, float("-inf"))
-        shift, exact_total, exact_acc = _exact(scores, values, shift, exact_total, exact_acc, PRECISION)
+        old_keys = tl.load(
+            ring_k + slot[:, None] * D + dim[None, :], mask=held[:, None] & is_dim[None, :], other=0.0
+        )
+        old_values = tl.load(
+            ring_v + slot[:, None] * V + column[None, :], mask=held[:, None] & is_column[None, :], other=0.0
+        )
+        x_k = tl.load(
+            ring_far + slot[:, None] * DIM + far_dim[None, :], mask=held[:, None] & is_far[None, :], other=0.0
+        )
+        old_scores = tl.dot(queries, tl.trans(old_keys), input_precision=PRECISION) * scale
+        old_scores = tl.where((held & (age < window))[None, :], old_scores, float("-inf"))
+        shift, exact_total, exact_acc = _exact(
+            old_scores, old_values, shift, exact_total, exact_acc, PRECISION
+        )
         x = tl.dot(x_q.to(tl.float32), tl.trans(x_k.to(tl.float32)), input_precision="tf32x3")
         far = 1.0 + x + 0.5 * x * x
         is_old = held & (age >= window)
@@ -139,7 +156,7 @@ def decode_kernel(
             far *= tl.exp2(rate * age)[None, :]
         far = tl.where(is_old[None, :], far, 0.0)
         far_total += tl.sum(far, 1)
-        far_acc = tl.dot(far, values.to(tl.float32), far_acc, input_precision="tf32x3")
+        far_acc = tl.dot(far, old_values.to(tl.float32), far_acc, input_precision="tf32x3")
 
     far_gate = tl.load(gate + b * g_b + h * g_h, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
     far_gate = tl.where(sees_far > 0, far_gate, float("-inf"))
@@ -169,21 +186,24 @@ def decode_kernel(
         token = folded + tl.arange(0, FOLD)
         slot = token % ring
         usable = tl.load(ring_kind + slot) == 1
-        values = tl.load(ring_v + slot[:, None] * V + column[None, :], mask=usable[:, None] & is_column[None, :], other=0.0)
-        values = values.to(tl.float32)
+        leaving = tl.load(
+            ring_v + slot[:, None] * V + column[None, :], mask=usable[:, None] & is_column[None, :], other=0.0
+        )
+        leaving = leaving.to(tl.float32)
         for start in range(0, num_features, FB):
             feature = start + tl.arange(0, FB)
             exists = feature < num_features
-            x = _features(ring_far, DIM, pairs, slot, FOLD, start, num_features, DIM, FOLD, FB)
-            x = tl.where(usable[:, None], x, 0.0)
+            x = taylor_features(
+                ring_far, DIM, pairs, slot[None, :], usable[None, :], feature[:, None], num_features, DIM
+            )
             at = total + feature[:, None] * V + column[None, :]
             mask = exists[:, None] & is_column[None, :]
             sums = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             norms = tl.load(norm + feature, mask=exists, other=0.0)
             if DECAY:
-                x *= tl.exp2(rate * (next_folded + window - 1 - token))[:, None]
+                x *= tl.exp2(rate * (next_folded + window - 1 - token))[None, :]
                 sums *= tl.exp2(rate * FOLD)
                 norms *= tl.exp2(rate * FOLD)
-            sums = tl.dot(tl.trans(x), values, sums, input_precision="tf32x3")
+            sums = tl.dot(x, leaving, sums, input_precision="tf32x3")
             tl.store(at, sums.to(total.dtype.element_ty), mask=mask)
-            tl.store(norm + feature, norms + tl.sum(x, 0), mask=exists)
+            tl.store(norm + feature, norms + tl.sum(x, 1), mask=exists)

@@ -1,22 +1,23 @@
 """Which implementation an operation takes, and why: `auto`, `reference` or `triton`.
 
-B batch, T new tokens, H query heads, G kv heads, M heads of the far term (G or H), D head dim, V value dim, d map dim
+B batch, T new tokens, H query heads, G kv heads, M heads of the far term (G or H), D head dim, V value dim,
+d map dim
 
-The choice is made a call (`implementation=`) or by the environment variable LINEARIZE_KERNELS, which stands in where
-a call says "auto". A forced implementation runs or raises; "auto" takes Triton where `can_run` agrees.
+The choice is made a call (`implementation=`) or by the environment variable LINEARIZE_KERNELS, which stands in
+where a call says "auto". A forced implementation runs or raises; "auto" takes Triton where `can_run` agrees.
+Triton is imported by the first call that could use it, so machines without it lose nothing.
 """
 
-import functools
 import importlib.util
-import math
 import os
 from typing import NamedTuple
 
 import torch
 
-from .reference import attention_quadratic, attention_reference
+from .reference import attention_reference
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
+PREFILL_FROM = 2048  # tokens from which O(T) is the faster forward (kernels/README.md)
 
 
 class Verdict(NamedTuple):
@@ -32,19 +33,19 @@ class Verdict(NamedTuple):
 def attention(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_map="taylor", valid=None,
               segments=None, log_decay=None, softcap=None, sink_logits=None, state=None, return_state=False,
               implementation="auto"):  # fmt: skip
-    """Hybrid attention by the fastest implementation that can run: arguments and result as `attention_quadratic`.
+    """Hybrid attention by the fastest implementation that can run: arguments, result as `attention_quadratic`.
 
-    implementation: "auto", "reference" or "triton". Raises ValueError for another name, and RuntimeError with the
-    reason where "triton" is forced and cannot run.
+    implementation: "auto", "reference" or "triton". Raises ValueError for another name, and RuntimeError with
+    the reason where "triton" is forced and cannot run.
     """
     options = dict(
         scaling=scaling, window=window, sinks=sinks, feature_map=feature_map, valid=valid, segments=segments,
         log_decay=log_decay, softcap=softcap, sink_logits=sink_logits, state=state, return_state=return_state,
     )  # fmt: skip
     chosen = requested(implementation)
-    if chosen != "reference":
+    if chosen == "triton" or (chosen == "auto" and q.is_cuda):
         verdict = can_run(q, k, v, q_far, k_far, gate, **options)
-        if verdict and (chosen == "triton" or q.is_cuda):
+        if verdict:
             return _triton(q, k, v, q_far, k_far, gate, **options)
         if chosen == "triton":
             raise RuntimeError(f"attention was asked to run in Triton, and cannot: {verdict.reason}")
@@ -61,100 +62,79 @@ def requested(implementation: str = "auto") -> str:
     return implementation
 
 
-def can_run(q, k, v, q_far, k_far, gate, *, state=None, return_state=False, **options) -> Verdict:
+def can_run(q, k, v, q_far, k_far, gate, **options) -> Verdict:
     """Whether the Triton kernels can take this call of `attention`, with the reason where not.
 
-    The first call of each sort on a device compares the kernels with the reference there, which takes seconds.
+    The first call of each sort on a device compares kernels and reference there, which takes seconds.
     """
     if importlib.util.find_spec("triton") is None:
         return Verdict(False, "Triton is not installed")
-    if state is not None or return_state:
-        return Verdict(False, "the kernels neither take nor give a state")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not q.is_cuda and not interpreted:
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return Verdict(False, f"the tensors are on {q.device.type}; Triton needs a CUDA GPU")
     if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
         return Verdict(False, f"{torch.cuda.get_device_name(q.device)} is older than compute capability 8.0")
-    from .training import why_not
+    from . import prefill, training
+    from .self_test import self_test
 
-    reason = why_not(q, k, v, q_far, k_far, gate, **options)
-    if reason:
-        return Verdict(False, reason)
-    if not q.is_cuda:
-        return Verdict(True, "")
-    tensors = [x for x in (q, k, v, q_far, k_far, gate, options.get("log_decay")) if x is not None]
+    tensors = [q, k, v, q_far, k_far, gate, options.get("log_decay")]
+    needs_grad, prefills = _needs_grad(tensors), _prefills(tensors, **options)
+    if prefills and needs_grad:
+        return Verdict(False, "no gradients through a state in Triton")
+    reason = (prefill if prefills else training).why_not(q, k, v, q_far, k_far, gate, **options)
+    if reason or not q.is_cuda:
+        return Verdict(not reason, reason)
     error, allowed = self_test(
-        q.device, q.dtype, heads=q.shape[1], groups=k.shape[1], far_heads=k_far.shape[1], head_dim=q.shape[-1],
-        value_dim=v.shape[-1], map_dim=q_far.shape[-1], decay=options.get("log_decay") is not None,
+        q.device, q.dtype, prefill=prefills, heads=q.shape[1], groups=k.shape[1], far_heads=k_far.shape[1],
+        head_dim=q.shape[-1], value_dim=v.shape[-1], map_dim=q_far.shape[-1],
+        decay=options.get("log_decay") is not None, backward=needs_grad,
         masked=options.get("valid") is not None or options.get("segments") is not None,
-        backward=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
     )  # fmt: skip
     if error <= allowed:
         return Verdict(True, "")
-    return Verdict(False, f"the self-test on {torch.cuda.get_device_name(q.device)} is wrong by {error:.1e}, "
-                          f"relative; up to {allowed:.1e} is rounding")  # fmt: skip
+    name = torch.cuda.get_device_name(q.device)
+    return Verdict(
+        False, f"the self-test on {name} is off by {error:.1e}, relative; {allowed:.1e} is allowed"
+    )
 
 
-@functools.cache
-def self_test(device, dtype, *, heads, groups, far_heads, head_dim, value_dim, map_dim, decay=False, masked=False,
-              backward=True):  # fmt: skip
-    """Largest relative RMS error of the Triton kernels' output and gradients against the float64 reference.
+def _needs_grad(tensors) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
-    Random inputs of 300 tokens, window 64, 4 sinks. Returns (error, allowed error). NaN counts as infinite.
-    """
+
+def _prefills(tensors, *, state=None, return_state=False, segments=None, **_) -> bool:
+    """Whether the call is for the O(T) kernels: a state goes in or out, or a long text needs no gradient."""
+    if state is not None or return_state:
+        return True
+    return tensors[0].shape[2] >= PREFILL_FROM and segments is None and not _needs_grad(tensors)
+
+
+def _triton(*tensors, feature_map, softcap, sink_logits, state, return_state, segments, **options):
+    from .prefill import attention_prefill
     from .training import attention_training
 
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(num_heads, *size):
-        return torch.randn(1, num_heads, 300, *size, generator=generator, device=device).to(dtype)
-
-    inputs = [draw(heads, head_dim), draw(groups, head_dim), draw(groups, value_dim), draw(heads, map_dim) * 0.5,
-              draw(far_heads, map_dim) * 0.5, draw(heads), -torch.linspace(0.01, 0.1, far_heads, device=device)]  # fmt: skip
-    grad, valid, segments = draw(heads, value_dim), None, None
-    if masked:
-        slots = torch.arange(300, device=device)[None]
-        valid, segments = slots >= 9, (slots >= 150).long() + (slots >= 151)
-    options = dict(scaling=head_dim**-0.5, window=64, sinks=4, valid=valid, segments=segments)
-    results = []
-    with torch.inference_mode(False), torch.set_grad_enabled(backward):
-        for function, kind in ((attention_quadratic, torch.float64), (attention_training, dtype)):
-            leaves = [x.to(kind).requires_grad_(backward) for x in inputs]
-            out = function(*leaves[:6], **options, log_decay=leaves[6] if decay else None)
-            out = out[0] if isinstance(out, tuple) else out
-            wanted = leaves if decay else leaves[:6]
-            gradients = torch.autograd.grad(out, wanted, grad.to(kind)) if backward else []
-            results.append([out, *gradients])
-    errors = [((a - b).norm() / a.norm()).item() for a, b in zip(*results, strict=True)]
-    error = max(math.inf if math.isnan(e) else e for e in errors)
-    return error, 1e-4 if dtype == torch.float32 else 1e-2
-
-
-def _triton(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, valid, segments, log_decay, **_):
-    from .training import attention_training
-
-    out = attention_training(q, k, v, q_far, k_far, gate, scaling=scaling, window=window, sinks=sinks, valid=valid,
-                             segments=segments, log_decay=log_decay)  # fmt: skip
-    return out, None
+    checked = dict(state=state, return_state=return_state, segments=segments)
+    with torch.cuda.device_of(tensors[0]):
+        if not _prefills([*tensors, options["log_decay"]], **checked):
+            return attention_training(*tensors, **options, segments=segments), None
+        out, state = attention_prefill(*tensors, **options, state=state)
+        return out, state if return_state else None
 
 
 def report(device: str | torch.device = "cuda") -> list[tuple[str, str, str]]:
     """What each operation takes on a device, for `linearize doctor`: (operation, implementation, why).
 
-    Runs the kernels there for the shapes of a common small model, forward and backward.
+    Runs the kernels there, at the shapes of a small model.
     """
-    shapes = dict(heads=9, groups=3, far_heads=3, head_dim=64, map_dim=16)
     rows = []
-    for dtype in (torch.bfloat16, torch.float32):
-        def empty(num_heads, *size):
-            return torch.zeros(1, num_heads, 300, *size, device=device, dtype=dtype, requires_grad=True)  # noqa: B023
-
-        verdict = can_run(
-            empty(shapes["heads"], shapes["head_dim"]), *[empty(shapes["groups"], shapes["head_dim"])] * 2,
-            empty(shapes["heads"], shapes["map_dim"]), empty(shapes["far_heads"], shapes["map_dim"]), empty(shapes["heads"]),
-        )  # fmt: skip
-        chosen = requested()
-        if chosen == "auto":
-            chosen = "triton" if verdict and torch.device(device).type == "cuda" else "reference"
-        rows.append((f"training attention, {dtype}".replace("torch.", ""), chosen, verdict.reason or "self-test passed"))
+    for name, training in (("training attention", True), ("prefill", False)):
+        for dtype in (torch.bfloat16, torch.float32):
+            sizes = [(9, 64), (3, 64), (3, 64), (9, 16), (3, 16), (9,)]
+            tensors = [torch.zeros(1, h, 300, *size, device=device, dtype=dtype) for h, *size in sizes]
+            tensors = [x.requires_grad_(training) for x in tensors]
+            verdict = can_run(*tensors, scaling=1.0, window=64, sinks=4, return_state=not training)
+            chosen = requested()
+            if chosen == "auto":
+                chosen = "triton" if verdict and tensors[0].is_cuda else "reference"
+            reason = verdict.reason or "the self-test passed" if tensors[0].is_cuda else verdict.reason
+            rows.append((f"{name}, {dtype}".replace("torch.", ""), chosen, reason))
     return rows

@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 import triton
 
+from . import gradient_kernels
 from . import training_kernels as kernels
+from .decode import feature_pairs
 
 MAX_LENGTH = 32768  # longer rows are cheaper in O(T)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -57,7 +59,9 @@ def attention_training(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, v
     if config is None:
         small = (q.dtype, 64) in CONFIGS and max(q.shape[-1], v.shape[-1]) <= 64
         config = CONFIGS[q.dtype, 64 if small else 128]
-    return _Attention.apply(q, k, v, q_far, k_far, gate, log_decay, valid, segments, scaling, window, sinks, config)
+    return _Attention.apply(
+        q, k, v, q_far, k_far, gate, log_decay, valid, segments, scaling, window, sinks, config
+    )
 
 
 def why_not(q, k, v, q_far, k_far, gate, *, feature_map="taylor", softcap=None, sink_logits=None, **_) -> str:
@@ -83,7 +87,7 @@ def why_not(q, k, v, q_far, k_far, gate, *, feature_map="taylor", softcap=None, 
     return next((reason for reason, fine in checks.items() if not fine), "")
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """Who sees whom, where rows have padding or segments; one-element dummies in a plain batch.
 
     Slots of one segment number; a key's code is 2 · segment + is_sink, or -1 for padding.
@@ -97,10 +101,10 @@ class _Plan(NamedTuple):
     last: torch.Tensor  # [B, T] int32, last one
 
 
-def _make_plan(q, valid, segments, window, sinks) -> _Plan:
+def _make_plan(q, valid, segments, window, sinks) -> Plan:
     batch, length, device = q.shape[0], q.shape[2], q.device
     if valid is None and segments is None:
-        return _Plan(True, *[torch.zeros(1, dtype=torch.int32, device=device)] * 5)
+        return Plan(True, *[torch.zeros(1, dtype=torch.int32, device=device)] * 5)
     slots = torch.arange(length, device=device).expand(batch, length)
     if valid is None:
         valid = torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -118,10 +122,10 @@ def _make_plan(q, valid, segments, window, sinks) -> _Plan:
     oldest_exact = torch.maximum(slots - window + 1, first)
     has_far = eligible.gather(1, oldest_exact) > eligible.gather(1, first)
     codes = torch.where(valid, 2 * number + is_sink.long(), -1)
-    return _Plan(False, *(x.to(torch.int32).contiguous() for x in (number, codes, has_far, first, last)))
+    return Plan(False, *(x.to(torch.int32).contiguous() for x in (number, codes, has_far, first, last)))
 
 
-def _list_tiles(plan: _Plan, size: int):
+def _list_tiles(plan: Plan, size: int):
     """Key tiles without a sink, then those with one, and how many of the latter lie before each tile.
 
     Returns tiles [B, NT] int32 and before [B, NT + 1] int32 (dummies in a plain batch).
@@ -170,25 +174,41 @@ def _options(tiles: Tiles):
     return dict(BM=tiles.queries, BN=tiles.keys, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
 
 
+def launch_forward(q, k, v, q_far, k_far, gate, log_decay, plan, *, scaling, window, sinks, tiles, keep_rest=False,
+                   chunk=0, sums=None, norms=None, offset=0):  # fmt: skip
+    """Runs the forward kernel. chunk, sums [B, G, N, F, V], norms [B, G, N, F], offset: see the kernel.
+
+    Returns out [B, H, T, V], what its rounding lost (out itself where not kept), log denominators [B, H, T].
+    """
+    batch, heads, length, _ = q.shape
+    listed, before = _list_tiles(plan, tiles.keys)
+    decay = gate if log_decay is None else log_decay.detach().float().contiguous()
+    out = _like(q, (batch, heads, length, v.shape[-1]))
+    rest = torch.empty_like(out) if keep_rest else out
+    lse = q.new_empty(batch, heads, length, dtype=torch.float32)
+    pairs = feature_pairs(q_far.shape[-1], q.device)
+    kernels.forward_kernel[(triton.cdiv(length, tiles.queries), batch * heads)](
+        q, k, v, q_far, k_far, gate, decay, out, rest, lse, *plan[1:5], listed, before,
+        lse if sums is None else sums, lse if norms is None else norms, pairs,
+        *_strides(q, k, v, q_far, k_far, gate, out),
+        length, triton.cdiv(length, tiles.keys), window, sinks, *_heads(q, k, k_far),
+        0 if sums is None else sums.shape[2], pairs.shape[1], offset, scaling * math.log2(math.e),
+        **_constants(q, v, q_far, plan, log_decay), REST=keep_rest, **_options(tiles),
+        CHUNK=chunk, FB=32, SUM_PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+    )  # fmt: skip
+    return out, rest, lse
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, q_far, k_far, gate, log_decay, valid, segments, scaling, window, sinks, config):
         far_dtypes = q_far.dtype, k_far.dtype
         q, k, v, q_far, k_far = (_row_major(x.to(q.dtype)) for x in (q, k, v, q_far, k_far))
-        batch, heads, length, _ = q.shape
         plan = _make_plan(q, valid, segments, window, sinks)
-        tiles, before = _list_tiles(plan, config.forward.keys)
-        decay = gate if log_decay is None else log_decay.detach().float().contiguous()
-        out = _like(q, (batch, heads, length, v.shape[-1]))
-        lse = q.new_empty(batch, heads, length, dtype=torch.float32)
         keep_rest = q.dtype != torch.float32 and any(ctx.needs_input_grad)
-        rest = torch.empty_like(out) if keep_rest else out
-        grid = (triton.cdiv(length, config.forward.queries), batch * heads)
-        kernels.forward_kernel[grid](
-            q, k, v, q_far, k_far, gate, decay, out, rest, lse, *plan[1:5], tiles, before,
-            *_strides(q, k, v, q_far, k_far, gate, out),
-            length, triton.cdiv(length, config.forward.keys), window, sinks, *_heads(q, k, k_far), scaling * math.log2(math.e),
-            **_constants(q, v, q_far, plan, log_decay), REST=keep_rest, **_options(config.forward),
+        out, rest, lse = launch_forward(
+            q, k, v, q_far, k_far, gate, log_decay, plan, scaling=scaling, window=window, sinks=sinks,
+            tiles=config.forward, keep_rest=keep_rest,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, q_far, k_far, gate, log_decay, out, rest, lse, *plan[1:])
         ctx.settings = (plan.plain, scaling, window, sinks, config, far_dtypes)
@@ -199,7 +219,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad):
         plain, scaling, window, sinks, config, far_dtypes = ctx.settings
         q, k, v, q_far, k_far, gate, log_decay, out, rest, lse, *plan = ctx.saved_tensors
-        plan, grad = _Plan(plain, *plan), _row_major(grad)
+        plan, grad = Plan(plain, *plan), _row_major(grad)
         length, decay = q.shape[2], gate if log_decay is None else log_decay.float().contiguous()
         constants = _constants(q, v, q_far, plan, log_decay)
         delta, weight, dgate = (torch.empty_like(lse) for _ in range(3))
@@ -210,7 +230,7 @@ class _Attention(torch.autograd.Function):
 
         tiles, before = _list_tiles(plan, config.query_gradient.keys)
         grid = (triton.cdiv(length, config.query_gradient.queries), q.shape[0] * q.shape[1])
-        kernels.query_gradient_kernel[grid](
+        gradient_kernels.query_gradient_kernel[grid](
             q, k, v, q_far, k_far, gate, decay, out, rest, grad, lse, delta, weight, dq, dq_far, dgate, ddecay,
             *plan[1:5], tiles, before,
             *_strides(q, k, v, q_far, k_far, gate, out, grad, dq, dq_far),
@@ -218,7 +238,7 @@ class _Attention(torch.autograd.Function):
             **constants, REST=q.dtype != torch.float32, **_options(config.query_gradient),
         )  # fmt: skip
         grid = (triton.cdiv(length, config.key_gradient.keys), k.shape[0] * k.shape[1])
-        kernels.key_gradient_kernel[grid](
+        gradient_kernels.key_gradient_kernel[grid](
             q, k, v, q_far, k_far, decay, grad, lse, delta, weight, dk, dv, dk_far,
             plan.segments, plan.codes, plan.last,
             *_strides(q, k, v, q_far, k_far, grad, dk, dv, dk_far),

@@ -1,0 +1,80 @@
+"""The kernels against the float64 reference on this machine's GPU, before they are trusted there.
+
+Some releases of Triton (3.4 to 3.7.0 on Hopper) compile correct programs wrongly, so that every new combination of
+shapes is compared once a process.
+"""
+
+import functools
+import math
+
+import torch
+
+from .reference import attention_quadratic
+
+
+@functools.cache
+def self_test(device, dtype, *, prefill: bool, heads: int, groups: int, far_heads: int, head_dim: int, value_dim: int,
+              map_dim: int, decay=False, masked=False, backward=True):  # fmt: skip
+    """Largest relative RMS error of output, gradients (training) and sum (prefill): (error, allowed error).
+
+    Random inputs of 600 tokens, window 64, 4 sinks. NaN counts as infinite.
+    """
+    inputs, grad = _draw(device, dtype, heads, groups, far_heads, head_dim, value_dim, map_dim)
+    options = dict(scaling=head_dim**-0.5, window=64, sinks=4)
+    if masked:
+        slots = torch.arange(600, device=device)[None]
+        options["valid"] = slots >= 9
+        if not prefill:
+            options["segments"] = (slots >= 150).long() + (slots >= 151)
+    if not decay:
+        inputs.pop("log_decay")
+    with torch.inference_mode(False):
+        if prefill:
+            expected, got = _prefill_results(inputs, options)
+        else:
+            expected, got = _training_results(inputs, options, grad, backward)
+    errors = [((a - b).norm() / a.norm()).item() for a, b in zip(expected, got, strict=True)]
+    return max(math.inf if math.isnan(e) else e for e in errors), 1e-4 if dtype == torch.float32 else 1e-2
+
+
+def _draw(device, dtype, heads, groups, far_heads, head_dim, value_dim, map_dim):
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(num_heads, *size):
+        return torch.randn(1, num_heads, 600, *size, generator=generator, device=device).to(dtype)
+
+    inputs = dict(
+        q=draw(heads, head_dim), k=draw(groups, head_dim), v=draw(groups, value_dim),
+        q_far=draw(heads, map_dim) * 0.5, k_far=draw(far_heads, map_dim) * 0.5, gate=draw(heads),
+        log_decay=-torch.linspace(0.01, 0.1, far_heads, device=device),
+    )  # fmt: skip
+    return inputs, draw(heads, value_dim)
+
+
+def _prefill_results(inputs, options):
+    from .prefill import attention_prefill
+
+    results = []
+    with torch.no_grad():
+        exact = {name: x.double() for name, x in inputs.items()}
+        for function, tensors, extra in (
+            (attention_quadratic, exact, {"return_state": True}),
+            (attention_prefill, inputs, {}),
+        ):
+            out, state = function(**tensors, **options, **extra)
+            results.append([out, state.total])
+    return results
+
+
+def _training_results(inputs, options, grad, backward):
+    from .training import attention_training
+
+    results = []
+    with torch.set_grad_enabled(backward):
+        for function, kind in ((attention_quadratic, torch.float64), (attention_training, grad.dtype)):
+            leaves = {n: x.to(kind).requires_grad_(backward) for n, x in inputs.items()}
+            out = function(**leaves, **options)
+            out = out[0] if isinstance(out, tuple) else out
+            gradients = torch.autograd.grad(out, list(leaves.values()), grad.to(kind)) if backward else []
+            results.append([out, *gradients])
+    return results

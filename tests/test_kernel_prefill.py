@@ -1,0 +1,128 @@
+"""The Triton prefill against the float64 reference: outputs and the state it leaves, from nothing or from a state.
+
+Without a GPU it runs in Triton's interpreter (see conftest.py), in float32.
+"""
+
+import pytest
+import torch
+
+from linearize_kernels import State, attention, attention_chunked, attention_quadratic
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from linearize_kernels.prefill import attention_prefill  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
+RING = ("sink_k", "sink_v", "ring_k", "ring_v", "ring_far", "ring_valid", "length")
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """The interpreter is slow: chunks of 32 tokens instead of 256."""
+    if not ON_GPU:
+        monkeypatch.setattr("linearize_kernels.prefill.CHUNK", 32)
+        monkeypatch.setattr("linearize_kernels.prefill.BLOCK", {"FB": 32, "VB": 16, "BN": 32})
+
+
+def make(length=90, batch=1, heads=2, groups=1, head_dim=16, map_dim=4, window=12, sinks=3, decay=False, pad=None,
+         large=1.0, extra=0, dtype=torch.float32, seed=0):  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g).to(DEVICE, dtype)
+
+    inputs = dict(
+        q=draw(batch, length, heads, head_dim).transpose(1, 2) * large, k=draw(batch, groups, length, head_dim) * large,
+        v=draw(batch, groups, length, head_dim), q_far=draw(batch, heads, length, map_dim).float() * 0.5,
+        k_far=draw(batch, groups, length, map_dim).float() * 0.5, gate=draw(batch, heads, length).float(),
+    )  # fmt: skip
+    valid = torch.ones(batch, length, dtype=torch.bool, device=DEVICE)
+    if pad:
+        valid[0, : length // 3] = False
+        valid = valid.flip(1) if pad == "right" else valid
+    log_decay = -torch.linspace(0.01, 0.1, groups, device=DEVICE) if decay else None
+    num_features = 1 + map_dim + map_dim * (map_dim + 1) // 2
+    kinds = [inputs[n] for n in ("k", "v", "k_far")]
+    start = State.empty(*kinds, num_features=num_features, sinks=sinks, ring=window - 1 + extra)
+    return inputs, dict(scaling=head_dim**-0.5, window=window, sinks=sinks, log_decay=log_decay), valid, start
+
+
+def check(cuts=(), **case):
+    """The whole text in pieces cut at `cuts`, each continuing from the state before, against the reference."""
+    inputs, options, valid, state = make(**case)
+    length, dtype = valid.shape[1], inputs["q"].dtype
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-3
+    exact = {n: x.double() for n, x in inputs.items()}
+    expected, last = attention_quadratic(
+        **exact, valid=valid, **options, state=state.map(lambda x: x.double() if x.is_floating_point() else x),
+        return_state=True,
+    )  # fmt: skip
+    outputs, edges = [], [0, *cuts, length]
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    try:
+        for a, b in zip(edges, edges[1:], strict=False):
+            piece = {n: x[:, :, a:b] for n, x in inputs.items()}
+            out, state = attention_prefill(**piece, valid=valid[:, a:b], **options, state=state)
+            outputs.append(out)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    error = (torch.cat(outputs, 2).double() - expected).norm() / expected.norm()
+    assert error < tolerance, f"output: {error:.1e}"
+    assert state.total.dtype == torch.float32
+    error = (state.total - last.total).norm() / last.total.norm().clamp_min(1e-30)
+    assert last.total.norm() == 0 or error < tolerance, f"total: {error:.1e}"
+    for name in RING:
+        torch.testing.assert_close(
+            getattr(state, name), getattr(last, name).to(getattr(state, name).dtype), msg=name
+        )
+
+
+CASES = {
+    "plain": {},
+    "one token": {"length": 1},
+    "within the window": {"length": 9, "cuts": (4,)},
+    "no sinks": {"sinks": 0, "window": 1},
+    "groups": {"heads": 4, "groups": 2},
+    "decay": {"decay": True, "cuts": (40,)},
+    "left padding": {"batch": 2, "pad": "left"},
+    "right padding, cut": {"batch": 2, "pad": "right", "cuts": (32,)},
+    "more ring": {"extra": 7, "cuts": (50,)},
+    "pieces": {"cuts": (1, 2, 40, 41), "length": 80},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_prefill_is_the_reference(name, dtype):
+    check(**CASES[name], dtype=dtype)
+
+
+GPU_CASES = {
+    **{f"length {t}": {"length": t} for t in (63, 64, 65, 127, 256, 257, 1000, 4096)},
+    **{f"window {w}": {"window": w} for w in (16, 128, 256)},
+    **{f"head dim {x}": {"head_dim": x} for x in (80, 96, 128)},
+    **{f"map dim {x}": {"map_dim": x} for x in (8, 24, 32)},
+    **{f"{h} heads, {g} groups": {"heads": h, "groups": g} for h, g in ((3, 3), (9, 3), (16, 2))},
+    "cut, decay": {"cuts": (1, 300, 700), "decay": True},
+    "left padding, cut": {"pad": "left", "batch": 3, "cuts": (256, 512)},
+    "scores to 60": {"large": 4.0},
+}
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_table(name, dtype):
+    check(**{"length": 900, "heads": 4, "groups": 2, "head_dim": 64, "map_dim": 16, "window": 64, "sinks": 4,
+             "dtype": dtype, **GPU_CASES[name]})  # fmt: skip
+
+
+def test_dispatch_takes_and_gives_a_state():
+    inputs, options, valid, state = make(length=70)
+    expected, last = attention_chunked(**inputs, valid=valid, **options, state=state, return_state=True)
+    out, after = attention(
+        **inputs, valid=valid, **options, state=state, return_state=True, implementation="triton"
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(after.total, last.total, rtol=1e-3, atol=1e-4)
