@@ -1,8 +1,8 @@
 """Turns a loaded model of transformers into its linearized class, in place, and refuses what does not fit.
 
-No weight is copied. Nothing is known of any architecture beforehand: a few tokens are run through the model with
-an observer in its attention, which tells the shapes and the sliding windows; afterwards the converted model must
-give the same logits on a text that fits into the window, and the same through a cache as without.
+No weight is copied. Nothing is known of any architecture beforehand: a few tokens are run through the model
+with an observer in its attention, which tells the shapes and the sliding windows; afterwards the converted
+model must give the same logits on a text that fits into the window, and the same through a cache as without.
 """
 
 import copy
@@ -33,9 +33,9 @@ def linearize_(model, attention):
     """Replaces the softmax attention of `model`, a causal LM of transformers, in place; returns `model`.
 
     attention: the recipe's `attention` section. New parameters are random until calibrated.
-    Raises ArchitectureError where the model's attention cannot be replaced, ModelError for a model in the wrong
-    state, RecipeError for layers that do not exist. The last checks run on the converted model: one that they
-    refuse is left converted and should be dropped.
+    Raises ArchitectureError where the model's attention cannot be replaced, ModelError for a model in the
+    wrong state, RecipeError for layers that do not exist. The last checks run on the converted model: one
+    that they refuse is left converted and should be dropped.
     """
     shapes, logits = probe(model)
     layers = choose_layers(shapes, attention.keep_softmax)
@@ -67,14 +67,14 @@ def probe(model) -> tuple[dict[int, AttentionShape], torch.Tensor]:
     def observer(module, q, k, v, out, *, sliding_window, **_):
         if q.shape[-1] != k.shape[-1] or v.shape[-1] != q.shape[-1]:
             raise ArchitectureError(
-                f"{name}: keys are {k.shape[-1]} wide and values {v.shape[-1]} (multi-head latent attention?). "
-                "Only attention whose queries, keys and values have one width can be replaced."
+                f"{name}: keys are {k.shape[-1]} wide and values {v.shape[-1]} (multi-head latent "
+                "attention?). Only attention whose queries, keys and values have one width can be replaced."
             )
         index = module.layer_idx
         if index in shapes or modules.get(index) is not module:
             raise ArchitectureError(
-                f"{name}: layer {index} has more than one attention, or runs it more than once (cross, shared "
-                "or differential attention). Only one self-attention a layer can be replaced."
+                f"{name}: layer {index} has more than one attention, or runs it more than once (cross, "
+                "shared or differential attention). Only one self-attention a layer can be replaced."
             )
         shapes[index] = AttentionShape(q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], sliding_window)
 
@@ -97,8 +97,8 @@ def _require_causal_lm(model) -> None:
         raise ModelError(f"{name} is converted already; convert its base model instead")
     if getattr(modeling.transformers, name, None) is not type(model) or not name.endswith(modeling.CAUSAL_LM):
         raise ArchitectureError(
-            f"{name} is not a decoder with a language modelling head of transformers itself; only those can be "
-            "converted. Load the model with AutoModelForCausalLM."
+            f"{name} is not a decoder with a language modelling head of transformers itself; only those can "
+            "be converted. Load the model with AutoModelForCausalLM."
         )
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise ModelError(
@@ -114,8 +114,9 @@ def _with_cache_windows(model, shapes):
     odd = sorted(set(shapes) - plain)
     if odd:
         raise ArchitectureError(
-            f"{name}: layers {odd} do not each have a cache of their own with keys and values alone (they share "
-            "keys and values, or run attention beside a recurrence), so their memory cannot be replaced."
+            f"{name}: layers {odd} do not each have a cache of their own with keys and values alone "
+            "(they share keys and values, or run attention beside a recurrence), so their memory cannot be "
+            "replaced."
         )
     windows = {i: shapes[i].sliding_window or getattr(own[i], "sliding_window", None) for i in shapes}
     return {i: replace(shapes[i], sliding_window=windows[i]) for i in shapes}
@@ -136,17 +137,17 @@ def choose_layers(shapes: dict[int, AttentionShape], keep_softmax) -> list[int]:
     if not layers:
         raise ArchitectureError(
             f"no layer is left to convert: of {len(shapes)} attention layers, attention.keep_softmax keeps "
-            f"{len(keep_softmax)}, and {len(sliding)} use a sliding window already, so that their memory does "
-            "not grow"
+            f"{len(keep_softmax)}, and {len(sliding)} use a sliding window already, so that their memory "
+            "does not grow"
         )
     return layers
 
 
 def _no_interface(name, reason):
     return (
-        f"{name} cannot be converted: conversion replaces the function that transformers' attention interface "
-        f"calls, and {reason}. Models such as Llama, Mistral, Qwen2/3, Gemma, Phi-3, OLMo-2, Granite or SmolLM3 "
-        "can be."
+        f"{name} cannot be converted: conversion replaces the function that transformers' attention "
+        f"interface calls, and {reason}. Models such as Llama, Mistral, Qwen2/3, Gemma, Phi-3, OLMo-2, "
+        "Granite or SmolLM3 can be."
     )
 
 
@@ -156,14 +157,14 @@ def _probe_tokens(model) -> torch.Tensor:
 
 
 def _run_as_teacher(model, observer):
-    """Logits of the base model on the probe's tokens, with `observer` in its attention; the model stays as is."""
+    """Logits of the base model on the probe's tokens, with `observer` in its attention."""
     config = model.config
     own = config._attn_implementation
     config._softmax_implementation, config._attn_implementation = own, modeling.TEACHER
     training = model.training
     try:
         with torch.no_grad():
-            # with a cache, transformers does not look for packed documents, which it cannot do on the meta device
+            # with a cache transformers does not look for packed documents, which fails on the meta device
             return model.eval()(input_ids=_probe_tokens(model), use_cache=True, observer=observer).logits
     finally:
         model.train(training)
@@ -173,7 +174,7 @@ def _run_as_teacher(model, observer):
 
 def _become_linearized(model, spec) -> None:
     base = type(model)
-    cls = getattr(modeling, "Linearized" + base.__name__)
+    cls = modeling.linearized_class(base)
     implementation = model.config._attn_implementation
     config = cls.config_class.from_dict(
         {
@@ -183,9 +184,7 @@ def _become_linearized(model, spec) -> None:
             "linear_attention": spec,
         }
     )
-    if (
-        getattr(model, "hf_quantizer", None) is not None
-    ):  # a dequantised GGUF is an ordinary model from here on
+    if getattr(model, "hf_quantizer", None) is not None:  # a dequantised GGUF is an ordinary model now
         model.hf_quantizer.remove_quantization_config(model)
     for name in ("quantization_config", "_name_or_path"):
         config.__dict__.pop(name, None)

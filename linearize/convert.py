@@ -1,22 +1,24 @@
 """The main job: load, calibrate, match, finetune, measure, export. The one place where the stages meet."""
 
 import json
+import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from safetensors.torch import load_file, save_file
 
 from .architecture import linearize_
 from .calibrate import calibrate
 from .data import TokenData, build_token_data
-from .errors import TrainingError
+from .errors import ExportError, LinearizeError, TrainingError
 from .export import check_free, export
-from .finetune import FinetuneStage, add_lora
+from .finetune import FinetuneStage, add_lora, projection_names
 from .loading import load_teacher, pick_device
 from .match import MatchStage
 from .model_card import model_card
@@ -26,6 +28,9 @@ from .recipe import Recipe, to_yaml
 from .run_log import RunLog, peak_memory_bytes
 from .train import train
 from .variants import ablated_attention, adapters_off, equal_window, softmax_attention
+
+REPORT_FILES = ("report.json", "report.png")
+WAIT = timedelta(days=7)  # the other processes wait while the main one tokenises, measures and writes
 
 
 def convert(recipe: Recipe, *, force: bool = False) -> Path:
@@ -43,7 +48,13 @@ def convert(recipe: Recipe, *, force: bool = False) -> Path:
             _open_work(work, recipe, force=force)
     log = RunLog(work / "log.jsonl", enabled=accelerator.is_main_process, trackers=_trackers(recipe, accelerator))
     run = _Run(recipe, accelerator, work, log)
-    run.prepare()
+    try:
+        run.prepare()
+    except LinearizeError:
+        if accelerator.is_main_process and not (work / "calibrated.safetensors").exists():
+            log.close()
+            shutil.rmtree(work)  # nothing in it is worth resuming
+        raise
     run.match()
     run.finetune()
     report = run.report()
@@ -68,11 +79,13 @@ class _Run:
         recipe = self.recipe
         self.log.say(f"model: {recipe.model.id}")
         self.model, self.tokenizer = load_teacher(recipe.model, device=self.accelerator.device)
+        set_seed(recipe.run.seed)
+        linearize_(self.model, recipe.attention)
+        if recipe.finetune.tokens:
+            projection_names(self.model, recipe.finetune.lora.targets)  # a wrong name is an error now, not after matching
         with self.accelerator.main_process_first():
             self.data = self._read_data()
         self.log.say(f"text: {self.data.description}")
-        set_seed(recipe.run.seed)
-        linearize_(self.model, recipe.attention)
         self._calibrate()
 
     def _read_data(self) -> TokenData:
@@ -99,7 +112,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process and not path.exists():
             save_file(layers.state_dict(), path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").rename(path)
+            os.replace(path.with_suffix(".tmp"), path)
         self.accelerator.wait_for_everyone()
 
     def match(self) -> None:
@@ -117,6 +130,7 @@ class _Run:
         self._train(stage, recipe.finetune)
 
     def _train(self, stage, settings) -> None:
+        self.log.steps_before = sum(result.num_steps for result in self.results)
         result = train(
             stage, self.data, settings, run=self.recipe.run, accelerator=self.accelerator, folder=self.work, log=self.log
         )
@@ -135,7 +149,8 @@ class _Run:
         settings = self.recipe.evaluate
         if not settings.sequences or not self.accelerator.is_main_process:
             return None
-        if not (self.work / "report.json").exists():
+        folder = self.work / "report"
+        if not folder.exists():
             self.model.eval()
             variants, notes = self._variants()
             report = measure_report(
@@ -145,8 +160,9 @@ class _Run:
             )  # fmt: skip
             report["tasks"] = self._run_tasks(variants)
             report["memory_peak_bytes"] = peak_memory_bytes()
-            save_report(report, self.work)
-        report = load_report(self.work)
+            save_report(report, folder.with_suffix(".tmp"))
+            os.replace(folder.with_suffix(".tmp"), folder)
+        report = load_report(folder)
         print_report(report)
         return report
 
@@ -188,7 +204,7 @@ class _Run:
 
     def _state_bytes(self, length: int) -> int:
         """Of one sequence: converted layers' states, and the KV cache of the layers that stay as they are."""
-        config, size = self.model.config, self.model.dtype.itemsize
+        size = self.model.dtype.itemsize
         layers = linear_attentions(self.model).values()
         replaced = sum(2 * layer.num_kv_heads * layer.head_dim * size * length for layer in layers)
         return sum(layer.state_bytes(dtype_bytes=size) for layer in layers) + self._kv_bytes(length) - replaced
@@ -200,15 +216,18 @@ class _Run:
 
     def export(self, folder: Path, report: dict | None) -> None:
         """Merges LoRA in float32 and writes the folder."""
+        from linearize_eval.report_text import report_markdown
+
         dtype = self.recipe.output.dtype
         if hasattr(self.model, "merge_and_unload"):
             self.model = _merge(self.model)
         files: dict[str, str | Path] = {
             "recipe.yaml": to_yaml(self.recipe),
-            "README.md": model_card(self.recipe, report, self.results),
+            "README.md": model_card(self.recipe, self.results, report_markdown(report) if report else None),
             "log.jsonl": self.work / "log.jsonl",
         }
-        files |= {name: self.work / name for name in ("report.json", "report.png") if (self.work / name).exists()}
+        if report is not None:
+            files |= {name: self.work / "report" / name for name in REPORT_FILES}
         export(self.model, self.tokenizer, folder, dtype=dtype, files=files)
         self.log.say(f'done: {folder}    next: linearize generate {folder} -p "..."')
 
@@ -243,14 +262,20 @@ def _merge(model):
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
-    device = pick_device(recipe.run.device)
-    trackers = recipe.run.trackers or None
-    if trackers:
-        _require_trackers(trackers)
-    return Accelerator(cpu=device.type == "cpu", log_with=trackers, project_dir=str(recipe.output_folder.parent))
+    device, trackers = pick_device(recipe.run.device), recipe.run.trackers
+    _require_trackers(trackers)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    folder = recipe.output_folder
+    return Accelerator(
+        cpu=device.type == "cpu", log_with=trackers or None,
+        project_dir=str(folder.with_name(folder.name + ".logs")) if trackers else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
+    )  # fmt: skip
 
 
 def _require_trackers(names) -> None:
+    """Raises TrainingError unless the package of every tracker is installed."""
     from accelerate.tracking import get_available_trackers
 
     available = [str(getattr(t, "value", t)) for t in get_available_trackers()]
@@ -270,23 +295,29 @@ def _trackers(recipe: Recipe, accelerator: Accelerator):
 
 
 def _open_work(work: Path, recipe: Recipe, *, force: bool) -> None:
-    """Makes the work folder, or checks that what is in it belongs to this recipe."""
+    """Makes the work folder, or checks that what was computed in it belongs to this recipe."""
+    path, now = work / "settings.json", _settings(recipe)
     if force:
         shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
-    path, now = work / "settings.json", _settings(recipe)
-    if path.exists():
+    if path.exists() and (work / "calibrated.safetensors").exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+        changed = sorted(k for k in {*before, *now} - {"evaluate"} if before.get(k) != now.get(k))
         if changed:
             raise TrainingError(
                 f"{work} holds an unfinished run with other settings of {', '.join(changed)}. Start over with --force, "
                 "or set another output.folder."
             )
-    path.write_text(json.dumps(now, indent=1), encoding="utf-8")
+        if before["evaluate"] != now["evaluate"]:
+            shutil.rmtree(work / "report", ignore_errors=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".tmp").write_text(json.dumps(now, indent=1), encoding="utf-8")
+        os.replace(path.with_suffix(".tmp"), path)
+    except OSError as error:
+        raise ExportError(f"{work} could not be made: {error}. Choose another output.folder.") from error
 
 
 def _settings(recipe: Recipe) -> dict:
-    """The sections that decide what the training computes."""
-    sections = {name: asdict(getattr(recipe, name)) for name in ("model", "attention", "data", "calibrate", "match", "finetune")}
-    return {**sections, "run.seed": recipe.run.seed}
+    """The sections that decide what the training computes, and the report card's."""
+    names = ("model", "attention", "data", "calibrate", "match", "finetune", "evaluate")
+    return {**{name: asdict(getattr(recipe, name)) for name in names}, "run.seed": recipe.run.seed}

@@ -8,17 +8,18 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from .errors import ExportError
 from .loading import DTYPES
 from .modeling_linearized import LINEARIZED
 
-VERIFY_TOKENS = 96  # longer than most windows, so that the far term is compared too
+VERIFY_TOKENS = 32  # beyond window and sinks, so that the far term is compared too
 
 
 def check_free(folder: Path, *, force: bool) -> None:
     """Raises ExportError if `folder` holds a finished conversion (unless forced) or anything else."""
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return
     if not _is_ours(folder):
         raise ExportError(f"{folder} exists and is not a conversion of ours; choose another output.folder")
@@ -45,8 +46,11 @@ def export(model, tokenizer, folder: Path, *, dtype: str, files: dict[str, str |
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-    except OSError as error:
-        raise ExportError(f"{folder} could not be written: {error}. Nothing was left there; the run's checkpoints stay.") from error
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
+        raise ExportError(
+            f"{folder} could not be written: {error}. Nothing was left there; the run's checkpoints stay. Make room or "
+            "mend the place, then give the same command again."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -75,10 +79,16 @@ def _cast(model, dtype) -> None:
 def _verify(model, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+    try:
+        again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+    except ValueError as error:
+        raise ExportError(
+            f"{folder} does not load again: {error}. This is a bug of linearize; please report it with the recipe."
+        ) from error
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (1, VERIFY_TOKENS), generator=generator).to(model.device)
+    vocabulary, spec = model.config.get_text_config().vocab_size, model.config.linear_attention
+    length = spec["window"] + spec["sinks"] + VERIFY_TOKENS
+    tokens = torch.randint(vocabulary, (1, length), generator=generator).to(model.device)
     before, after = (m(input_ids=tokens, use_cache=False).logits.float() for m in (model.eval(), again))
     if not torch.equal(before, after):
         difference = (before - after).abs().max().item()
@@ -90,4 +100,7 @@ def _verify(model, folder: Path) -> None:
 
 def _is_ours(folder: Path) -> bool:
     config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == LINEARIZED
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type") == LINEARIZED
+    except (OSError, ValueError, AttributeError):  # no file, no text, no JSON or not an object
+        return False

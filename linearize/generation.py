@@ -16,10 +16,10 @@ def generate_text(folder, *, prompts: list[str], max_new_tokens: int = 64, tempe
     """
     if temperature < 0 or not 0 < top_p <= 1:
         raise LinearizeError(f"temperature must be at least 0 and top-p in (0, 1], not {temperature} and {top_p}")
-    if any(not p for p in prompts):
+    if not prompts or any(not p for p in prompts):
         raise LinearizeError("a prompt is empty: give some text to continue")
     model, tokenizer = load(folder, device=device)
-    inputs = _encode(tokenizer, prompts, chat).to(model.device)
+    inputs = {name: x.to(model.device) for name, x in _encode(tokenizer, prompts, chat).items()}
     if seed is not None:
         torch.manual_seed(seed)
     options = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -41,11 +41,16 @@ def _encode(tokenizer, prompts, chat):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    if not chat:
-        return tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1)
-    if tokenizer.chat_template is None:
+    if chat and tokenizer.chat_template is None:
         raise ModelError("this model's tokenizer has no chat template; leave --chat out")
-    messages = [[{"role": "user", "content": p}] for p in prompts]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", padding=len(prompts) > 1, return_dict=True
-    )
+    if chat:
+        messages = [[{"role": "user", "content": p}] for p in prompts]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", padding=len(prompts) > 1, return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1)
+    if not encoded["attention_mask"].any(1).all():
+        raise LinearizeError("a prompt is empty for this tokenizer: give some text to continue")
+    # some tokenizers also give token types, which decoders do not take
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}

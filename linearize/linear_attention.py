@@ -69,12 +69,13 @@ class LinearAttention(nn.Module):
         gate = (q * self.gate_weight.to(dtype)[:, None]).sum(-1) + self.gate_bias.to(dtype)[:, None]
         return q_far, k_far, gate
 
-    def forward(self, q, k, v, *, scaling, valid=None, segments=None, softcap=None, sink_logits=None, state=None,
-                return_state=False):  # fmt: skip
+    def forward(self, q, k, v, *, scaling, valid=None, segments=None, softcap=None, sink_logits=None,
+                state=None, return_state=False):  # fmt: skip
         """q [B, H, T, D], k [B, G, T, D], v [B, G, T, V] after norms and rotary -> (out [B, H, T, V], State).
 
         valid [B, T] bool marks tokens that are not padding; segments [B, T] int numbers packed documents;
-        softcap and sink_logits [H] are the base model's own, where it has them. The State is None unless asked for.
+        softcap and sink_logits [H] are the base model's own, where it has them; the State is None unless
+        return_state.
         """
         with torch.autocast(q.device.type, enabled=False):
             q_far, k_far, gate = self.project(q, k)
@@ -87,11 +88,10 @@ class LinearAttention(nn.Module):
             )  # fmt: skip
 
     def empty_state(self, k, v, *, extra=0) -> State:
-        """A State that has seen nothing, for rows of k [B, G, T, D] and v [B, G, T, V]; `extra` more ring slots."""
+        """A State that has seen nothing, for k [B, G, T, D] and v [B, G, T, V]; `extra` more ring slots."""
         far_heads, _, map_dim = self.k_map.shape
-        k_far = k.new_zeros(
-            k.shape[0], far_heads, 1, map_dim, dtype=torch.promote_types(k.dtype, torch.float32)
-        )
+        dtype = torch.promote_types(k.dtype, torch.float32)
+        k_far = k.new_zeros(k.shape[0], far_heads, 1, map_dim, dtype=dtype)
         num_features = FEATURE_MAPS[self.feature_map].num_features(map_dim)
         ring = max(self.window - 1, 0) + extra
         return State.empty(k, v, k_far, num_features=num_features, sinks=self.sinks, ring=ring)
@@ -101,10 +101,6 @@ class LinearAttention(nn.Module):
         far_heads, _, map_dim = self.k_map.shape
         value_dim = value_dim or self.head_dim
         features = FEATURE_MAPS[self.feature_map].num_features(map_dim)
-        exact = (
-            self.num_kv_heads
-            * (self.head_dim + value_dim)
-            * dtype_bytes
-            * (max(self.window - 1, 0) + self.sinks)
-        )
-        return exact + 4 * far_heads * (features * (value_dim + 1) + map_dim * max(self.window - 1, 0))
+        ring = max(self.window - 1, 0)
+        exact = self.num_kv_heads * (self.head_dim + value_dim) * (ring + self.sinks)
+        return exact * dtype_bytes + 4 * far_heads * (features * (value_dim + 1) + map_dim * ring)

@@ -28,7 +28,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
         self.log_decay = None  # [M] of the layer that fills this cache, where it has one
 
     def attend(self, linear_attn, q, k, v, **options):
-        """Runs `linear_attn` on new tokens after what this cache holds, and remembers them. Returns [B, H, T, V]."""
+        """Output [B, H, T, V] of `linear_attn` for new tokens after what this cache holds; remembers them."""
         if self.state is None:
             self.state = linear_attn.empty_state(k, v, extra=self.num_extra)
             self.is_initialized = True
@@ -57,17 +57,15 @@ class LinearizedCacheLayer(CacheLayerMixin):
             raise CacheError("crop takes the number of tokens to remove as a negative number")
         if count == 0 or self.state is None:
             return
-        needed = (
-            self.state.ring_valid.shape[1] - self.num_extra
-        )  # what the next token's window reaches back to
+        needed = self.state.ring_valid.shape[1] - self.num_extra  # slots that the next token's window sees
         if self.num_seen > self.num_in_ring and self.num_in_ring - count < needed:
             raise CacheError(
-                f"cannot take back {count} tokens: only {self.num_in_ring - needed} newest ones are kept apart. Call "
-                "activate_past_recording() on the cache before running the tokens, and draft at most "
-                f"{DRAFT_SLOTS} at a time (num_assistant_tokens, prompt_lookup_num_tokens)."
+                f"cannot take back {count} tokens: only {self.num_in_ring - needed} newest ones are kept "
+                "apart. Call activate_past_recording() on the cache before running the tokens, and draft at "
+                f"most {DRAFT_SLOTS} at a time (num_assistant_tokens, prompt_lookup_num_tokens)."
             )
         self.state = self.state.crop(count)
-        if self.log_decay is not None:  # the sum is weighted as seen from the next token, which is an earlier one now
+        if self.log_decay is not None:  # the sum is weighted as seen from the next token, now an earlier one
             undo = torch.exp((-count * self.log_decay.detach().float()).clamp_max(80))[:, None, None]
             self.state = replace(self.state, total=self.state.total * undo)
         self.num_seen -= count
@@ -80,8 +78,8 @@ class LinearizedCacheLayer(CacheLayerMixin):
 
     def update(self, key_states, value_states, *args, **kwargs):
         raise CacheError(
-            "this cache belongs to converted layers, but a softmax layer wrote to it: the cache was made for another "
-            "model. Let the model make its own: model.make_cache()."
+            "this cache belongs to converted layers, but a softmax layer wrote to it: the cache was made for "
+            "another model. Let the model make its own: model.make_cache()."
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from .errors import LinearizeError, ModelError
 from .sources import find_package_files
@@ -32,7 +33,7 @@ def load(folder, *, dtype: str = "auto", device: str = "auto"):
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(dtype, target))
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder} does not load: {error}") from error
     return model.to(target).eval(), tokenizer
 
@@ -49,7 +50,7 @@ def load_teacher(settings, *, device: torch.device):
             source.name, dtype=pick_dtype(settings.dtype, device, gguf=source.gguf is not None),
             **options, **source.dequantised(),
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model.id = {settings.id!r} does not load: {error}") from error
     if getattr(model, "hf_quantizer", None) is not None:
         if source.gguf is None:

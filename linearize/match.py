@@ -9,7 +9,7 @@ B batch, T time, H query heads, D head dim
 
 import torch
 
-from .modeling_linearized import _packed_segments, _padding, linear_attentions
+from .modeling_linearized import _with_context, linear_attentions
 from .train import ParameterGroup
 from .variants import softmax_attention
 
@@ -34,8 +34,8 @@ class MatchStage:
 
     def run(self, batch, *, scale, backward):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-        valid = _padding(inputs.get("attention_mask"), inputs["input_ids"].shape[1])
-        segments = _packed_segments(inputs.get("position_ids"), inputs["input_ids"].shape[0])
+        context = _with_context(self.model, **inputs, use_cache=False)["linear_context"]
+        valid, segments = context.valid, context.segments
         figures = {}
 
         def observer(module, q, k, v, out, *, scaling, softcap, sink_logits, **_):

@@ -38,8 +38,8 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 """
 
 
-def model_card(recipe: Recipe, report: dict | None, results: list[StageResult]) -> str:
-    """Markdown; every figure comes from `report` and `results`."""
+def model_card(recipe: Recipe, results: list[StageResult], report: str | None) -> str:
+    """Markdown; `report` is the report card as markdown, or None where the recipe asked for none."""
     attention = recipe.attention
     kept = attention.keep_softmax
     return _CARD.format(
@@ -52,7 +52,7 @@ def model_card(recipe: Recipe, report: dict | None, results: list[StageResult]) 
         kept=f", but for layers {', '.join(map(str, kept))}, which stayed as they were" if kept else "",
         folder=recipe.output_folder,
         training="\n".join(_stage_line(r) for r in results) or "None: calibrated only.",
-        report=_report_text(report),
+        report=report or "Nothing: the recipe asked for no report card (evaluate.sequences: 0).",
         recipe=to_yaml(recipe),
     )
 
@@ -62,11 +62,3 @@ def _stage_line(result: StageResult) -> str:
         f"- {result.name}: {result.num_tokens:,} tokens in {result.num_steps} steps, held-out loss "
         f"{result.first_error:.4g} before, {result.best_error:.4g} at step {result.best_step}"
     )
-
-
-def _report_text(report: dict | None) -> str:
-    if report is None:
-        return "Nothing: the recipe asked for no report card (evaluate.sequences: 0)."
-    from linearize_eval.report_text import report_markdown
-
-    return report_markdown(report)

@@ -1,9 +1,9 @@
 """A decoder of transformers with some of its softmax attention layers replaced, as transformers sees it.
 
 Nothing of a model's code is copied. A converted layer is the base model's own attention module, its class
-swapped for a subclass of itself; a function registered with transformers' attention interface receives q, k, v
-after projection, norms and rotary embedding and hands them to `module.linear_attn`. Config and model classes are
-made on demand from the base model's (`LinearizedLlamaConfig`, `LinearizedLlamaForCausalLM`, ...).
+swapped for a subclass of itself; a function registered with transformers' attention interface receives q, k
+and v after projection, norms and rotary embedding and hands them to `module.linear_attn`. Config and model
+classes are made on demand from the base model's (`LinearizedLlamaConfig`, `LinearizedLlamaForCausalLM`, ...).
 
 An exported folder carries this file and those it imports relatively, so that it loads with
 trust_remote_code=True where linearize is not installed.
@@ -38,21 +38,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .linear_attention import FEATURE_MAPS, LinearAttention, State, hybrid_attention
 from .linearized_cache import CacheError, LinearizedCacheLayer
 
-LINEARIZED = (
-    "linearized"  # model type, and the implementation in which converted layers run their linear attention
-)
+LINEARIZED = "linearized"  # model type, and the attention implementation in which converted layers are linear
+TEACHER = "linearized_teacher"  # the attention implementation in which they run the base model's softmax
 CAUSAL_LM = ("ForCausalLM", "LMHeadModel")  # how transformers' class names of causal language models end
-TEACHER = "linearized_teacher"  # the implementation in which they run the base model's softmax
 
 
-# --------------------------------------------------------------------------------------------- attention functions
+# ------------------------------------------------------------------------------------ attention functions
 
 
 def linearized_attention(module, query, key, value, attention_mask, scaling=None, linear_context=None,
                          linear_cache=None, **kwargs):  # fmt: skip
-    """transformers' attention interface for a converted layer: q [B, H, T, D], k, v [B, G, T, D] -> [B, T, H, D].
+    """transformers' attention interface for a converted layer: q [B, H, T, D], k, v [B, G, T, D] -> out.
 
     linear_context comes from the model's forward, linear_cache (a Cache or None) from the attention module's.
+    Returns (out [B, T, H, D], None).
     """
     valid, segments = linear_context.on(query.device)
     options = dict(
@@ -65,8 +64,8 @@ def linearized_attention(module, query, key, value, attention_mask, scaling=None
         layer = linear_cache.layers[module.layer_idx] if module.layer_idx < len(linear_cache.layers) else None
         if not isinstance(layer, LinearizedCacheLayer):
             raise CacheError(
-                f"the cache handed to the model ({type(linear_cache).__name__}) holds no state for converted layer "
-                f"{module.layer_idx}. Leave past_key_values out, or pass model.make_cache()."
+                f"the cache handed to the model ({type(linear_cache).__name__}) holds no state for converted "
+                f"layer {module.layer_idx}. Leave past_key_values out, or pass model.make_cache()."
             )
         out = layer.attend(module.linear_attn, query, key, value, **options)
     return out.transpose(1, 2).contiguous(), None
@@ -96,13 +95,11 @@ def softmax_function(module):
         eager = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
         if eager is not None:
             return eager
-    raise ValueError(
-        f"{type(module).__name__}: no eager_attention_forward beside it; this architecture is not supported"
-    )
+    raise ValueError(f"{type(module).__name__}: no eager_attention_forward beside it, so it is not supported")
 
 
 def linearized_mask(*, config, **kwargs):
-    """No mask where every layer is converted (they get padding by another way), else the softmax layers' own."""
+    """No mask where every layer is converted (padding goes another way), else the softmax layers' own."""
     return softmax_mask(config=config, **kwargs) if config._has_softmax_layers else None
 
 
@@ -114,6 +111,7 @@ ALL_ATTENTION_FUNCTIONS.register(LINEARIZED, linearized_attention)
 ALL_ATTENTION_FUNCTIONS.register(TEACHER, teacher_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(LINEARIZED, linearized_mask)
 ALL_MASK_ATTENTION_FUNCTIONS.register(TEACHER, softmax_mask)
+
 
 def _scaling(query, scaling):
     return query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -131,11 +129,11 @@ class LinearContext:
         return tuple(None if x is None else x.to(device) for x in (self.valid, self.segments))
 
 
-# ------------------------------------------------------------------------------------------------- attention modules
+# -------------------------------------------------------------------------------------- attention modules
 
 
 class LinearizedAttentionMixin:
-    """Before a base attention class: keeps the cache away from it, since converted layers have their own kind."""
+    """Before a base attention class: hands the cache past it, since converted layers have their own kind."""
 
     def forward(self, **kwargs):
         if self.config._attn_implementation == LINEARIZED:
@@ -147,12 +145,8 @@ class LinearizedAttentionMixin:
 
 @functools.cache
 def _linearized_attention_class(cls):
-    forward = _signed_as(cls.forward, LinearizedAttentionMixin.forward)
-    return type(
-        "Linearized" + cls.__name__,
-        (LinearizedAttentionMixin, cls),
-        {"__module__": __name__, "forward": forward},
-    )
+    namespace = {"__module__": __name__, "forward": _signed_as(cls.forward, LinearizedAttentionMixin.forward)}
+    return type("Linearized" + cls.__name__, (LinearizedAttentionMixin, cls), namespace)
 
 
 def _signed_as(base_forward, forward):
@@ -172,19 +166,15 @@ def _signed_as(base_forward, forward):
 
 
 def attention_modules(model) -> dict:
-    """layer index -> attention module, for every layer whose attention goes through transformers' interface."""
+    """layer index -> attention module, of layers whose attention goes through transformers' interface."""
     recorded = {}
     for module in model.modules():
         recorded.update(getattr(module, "_can_record_outputs", None) or {})
     wanted = recorded.get("attentions", ())
-    classes = [
-        getattr(w, "target_class", w) for w in (wanted if isinstance(wanted, (list, tuple)) else [wanted])
-    ]
-    classes = tuple(c for c in classes if isinstance(c, type))
-    found = [
-        m for m in model.modules() if isinstance(m, classes) and getattr(m, "layer_idx", None) is not None
-    ]
-    return {m.layer_idx: m for m in found}
+    wanted = wanted if isinstance(wanted, list | tuple) else [wanted]
+    classes = tuple(c for c in (getattr(w, "target_class", w) for w in wanted) if isinstance(c, type))
+    found = [m for m in model.modules() if isinstance(m, classes)]
+    return {m.layer_idx: m for m in found if getattr(m, "layer_idx", None) is not None}
 
 
 def attach(model) -> None:
@@ -203,8 +193,9 @@ def attach(model) -> None:
     for index, (heads, kv_heads, head_dim) in zip(spec["layers"], spec["shapes"], strict=True):
         module = modules[index]
         module.linear_attn = LinearAttention(
-            num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, window=spec["window"], sinks=spec["sinks"],
-            feature_map=spec["feature_map"], map_dim=spec["map_dim"], per=spec["per"], decay=spec["decay"],
+            num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, window=spec["window"],
+            sinks=spec["sinks"], feature_map=spec["feature_map"], map_dim=spec["map_dim"], per=spec["per"],
+            decay=spec["decay"],
         ).to(next(module.parameters()).device)  # fmt: skip
         module.__class__ = _linearized_attention_class(type(module))
     for index, module in modules.items():
@@ -217,7 +208,7 @@ def linear_attentions(model) -> dict[int, LinearAttention]:
     return {index: modules[index].linear_attn for index in sorted(modules)}
 
 
-# ------------------------------------------------------------------------------------------------ model and config
+# --------------------------------------------------------------------------------------- model and config
 
 
 class LinearizedConfig(PreTrainedConfig):
@@ -227,11 +218,14 @@ class LinearizedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        base = CONFIG_MAPPING[config_dict["base_model_type"]]
-        getattr(
-            _this_module(), "Linearized" + MODEL_FOR_CAUSAL_LM_MAPPING[base].__name__
-        )  # registers the pair
-        return getattr(_this_module(), "Linearized" + base.__name__).from_dict(config_dict, **kwargs)
+        base_type = config_dict["base_model_type"]
+        if base_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"transformers {transformers.__version__} has no {base_type!r}: install a newer one"
+            )
+        base = CONFIG_MAPPING[base_type]
+        linearized_class(MODEL_FOR_CAUSAL_LM_MAPPING[base])  # registers the pair
+        return linearized_class(base).from_dict(config_dict, **kwargs)
 
 
 class LinearizedConfigMixin:
@@ -245,7 +239,7 @@ class LinearizedConfigMixin:
 
 
 class LinearizedMixin:
-    """Before a base `ForCausalLM` class: attaches linear attention, makes caches, loads strictly, saves its code."""
+    """Before a base `ForCausalLM` class: attaches linear attention, makes caches, loads strictly."""
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -257,14 +251,14 @@ class LinearizedMixin:
             kwargs.update(_with_context(self, **kwargs))
         elif implementation != TEACHER:
             raise ValueError(
-                f"the attention implementation of a converted model was set to {implementation!r}, which would run it as "
-                "a softmax model. Choose that of kept softmax layers when loading: from_pretrained(..., "
-                "attn_implementation=...)."
+                f"the attention implementation of a converted model was set to {implementation!r}, which "
+                "would run it as a softmax model. Choose that of kept softmax layers when loading: "
+                "from_pretrained(..., attn_implementation=...)."
             )
         return super().forward(**kwargs)
 
     def make_cache(self) -> DynamicCache:
-        """An empty cache: a constant-size state for converted layers, the base model's own kind for the others."""
+        """An empty cache: a constant-size state for converted layers, the base model's kind for others."""
         cache = DynamicCache(config=self.config)
         for index in self.config.linear_attention["layers"]:
             cache.layers[index] = LinearizedCacheLayer()
@@ -276,8 +270,8 @@ class LinearizedMixin:
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise CacheError(
-                f"cache_implementation={generation_config.cache_implementation!r}: a converted model has one kind of "
-                "cache, of constant size. Leave cache_implementation out."
+                f"cache_implementation={generation_config.cache_implementation!r}: a converted model has one "
+                "kind of cache, of constant size. Leave cache_implementation out."
             )
         model_kwargs["past_key_values"] = self.make_cache()
         if generation_config.is_assistant:
@@ -285,17 +279,22 @@ class LinearizedMixin:
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[kind]:
                 raise ValueError(
                     f"{args[0] if args else ''}: {len(info[kind])} {kind.replace('_', ' ')}, for example "
-                    f"{sorted(info[kind])[0]}: the weights do not belong to this config. Export the model again."
+                    f"{min(info[kind])}: the weights do not belong to this config. Export the model again."
                 )
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; the folder also gets the code it needs to load without linearize."""
+        if kwargs.get("push_to_hub"):
+            raise ValueError(
+                "push_to_hub=True would leave the code behind; call model.push_to_hub(...) instead"
+            )
         name = type(self).__name__
         self.config.architectures = [name]
         self.config.auto_map = {
@@ -312,29 +311,27 @@ def code_files() -> list[Path]:
     """The source files an exported folder needs; wherever they lie, they go side by side into the folder."""
     reference = sys.modules[hybrid_attention.__module__].__file__
     states = [Path(sys.modules[x.__module__].__file__) for x in (State, FEATURE_MAPS["taylor"])]
-    own = [
-        Path(__file__).with_name(f"{n}.py")
-        for n in ("modeling_linearized", "linear_attention", "linearized_cache")
-    ]
+    names = ("modeling_linearized", "linear_attention", "linearized_cache")
+    own = [Path(__file__).with_name(f"{name}.py") for name in names]
     return own + [Path(reference).with_name("reference.py")] + states
 
 
-def _padding(attention_mask, length):
+def _padding(attention_mask, batch, length):
     """[B, seen + T] mask of 0 and 1 -> [B, T] bool of the new tokens, or None."""
     if attention_mask is None:
         return None
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-        shape = getattr(attention_mask, "shape", type(attention_mask).__name__)
+    shape = getattr(attention_mask, "shape", (type(attention_mask).__name__,))
+    if len(shape) != 2 or shape[0] != batch or shape[1] < length:
         raise CacheError(
-            f"attention_mask must be [batch, tokens] of 0 and 1, not {tuple(shape) if not isinstance(shape, str) else shape}: "
-            "converted layers cannot follow a prepared 4-D mask. For packed documents pass position_ids that restart "
-            "at 0 and no mask."
+            f"attention_mask must be [{batch} rows, {length} tokens or more] of 0 and 1, not {tuple(shape)}: "
+            "converted layers cannot follow a prepared mask. For packed documents pass position_ids that "
+            "restart at 0 and no mask."
         )
     return attention_mask[:, -length:].bool()
 
 
 def _packed_segments(position_ids, batch):
-    """Documents packed in a row, told as transformers does: positions that do not go on by one. [B, T] or None."""
+    """[B, T] number of the packed document: positions that do not go on by one start another. None: one."""
     if position_ids is None:
         return None
     segments = torch.nn.functional.pad(position_ids.diff(dim=-1) != 1, [1, 0]).long().cumsum(-1)
@@ -347,23 +344,22 @@ def _with_context(model, *, input_ids=None, inputs_embeds=None, attention_mask=N
     batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
     segments = None if attention_mask is not None else _packed_segments(position_ids, batch)
     if segments is not None and (use_cache or past_key_values is not None):
-        raise CacheError(
-            "packed documents (position_ids that restart) have no common cache: pass use_cache=False"
-        )
+        raise CacheError("packed documents (position_ids that restart) share no cache: pass use_cache=False")
     if use_cache is None:
         use_cache = model.config.use_cache and not model.training and segments is None
     if use_cache and past_key_values is None:
         past_key_values = model.make_cache()
-    context = LinearContext(_padding(attention_mask, length), segments)
+    context = LinearContext(_padding(attention_mask, batch, length), segments)
     return {"past_key_values": past_key_values, "use_cache": use_cache, "linear_context": context}
 
 
-def _this_module():
-    return sys.modules[__name__]
+def linearized_class(base):
+    """The linearized subclass of a config or `ForCausalLM` class of transformers; made once."""
+    return getattr(sys.modules[__name__], "Linearized" + base.__name__)
 
 
 def __getattr__(name):
-    """Makes LinearizedXConfig and LinearizedXForCausalLM from transformers' X, once, and registers the pair."""
+    """Makes LinearizedXConfig and LinearizedXForCausalLM from transformers' X, and registers the pair."""
     base_name = name.removeprefix("Linearized")
     known = base_name != name and base_name.endswith(("Config", *CAUSAL_LM))
     base = getattr(transformers, base_name, None) if known else None
@@ -373,7 +369,7 @@ def __getattr__(name):
     if name.endswith("Config"):
         cls = type(name, (LinearizedConfigMixin, base), {**namespace, "model_type": LINEARIZED})
     else:
-        config_class = getattr(_this_module(), "Linearized" + base.config_class.__name__)
+        config_class = linearized_class(base.config_class)
         strict_fp32 = set(getattr(base, "_keep_in_fp32_modules_strict", None) or ()) | {"linear_attn"}
         namespace.update(
             config_class=config_class,

@@ -16,6 +16,7 @@ class RunLog:
 
     def __init__(self, path: Path, *, enabled: bool = True, trackers=None):
         self.enabled, self.trackers = enabled, trackers
+        self.steps_before = 0  # of earlier stages: trackers want steps that only grow
         self._file = path.open("a", encoding="utf-8") if enabled else None
 
     def write(self, **record) -> None:
@@ -36,7 +37,7 @@ class RunLog:
         self.write(stage=stage, step=step, **record)
         if self.trackers is not None:
             numbers = {f"{stage}/{k}": v for k, v in record.items() if isinstance(v, (int, float))}
-            self.trackers.log(numbers, step=step)
+            self.trackers.log(numbers, step=self.steps_before + step)
         shown = {k: v for k, v in figures.items() if isinstance(v, float)}
         text = "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
         bar.set_postfix_str(f"{text}  {tokens_per_second:,.0f} tok/s  {memory_gib:.1f} GiB", refresh=False)

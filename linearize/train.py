@@ -1,8 +1,8 @@
 """The one training loop, used by matching and finetuning: accumulate, clip, schedule, evaluate, resume.
 
 A stage says how a micro-batch becomes gradients; the loop does the rest, on any number of processes. Which
-sequences a step takes, and in what order, follows from the step's number, so a run that was killed goes on with the
-losses it would have had.
+sequences a step takes, in what order, and what dropout drops follow from the step's number, so a run that was killed
+goes on with the losses it would have had.
 """
 
 import math
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy
 import torch
 
 from .data import PackedSequences, TokenData, batch_indices
@@ -109,6 +110,7 @@ class _Loop:
 
     def train_step(self, bar) -> None:
         started = time.perf_counter()
+        self.seed_dropout()
         self.optimizer.zero_grad(set_to_none=True)
         indices = batch_indices(
             len(self.data.train), batch_size=self.batch_size, step=self.step, seed=self.run.seed + self.stage.order
@@ -126,6 +128,11 @@ class _Loop:
             bar, self.stage.name, self.step, **_shown(figures), grad_norm=max(norms.values()),
             lr=self.optimizer.param_groups[0]["lr"], tokens_per_second=self.tokens_per_step / seconds,
         )  # fmt: skip
+
+    def seed_dropout(self) -> None:
+        """Random numbers of a step follow from its number, on every device and process."""
+        entropy = [self.run.seed, self.stage.order, self.step, self.accelerator.process_index]
+        torch.manual_seed(int(numpy.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def schedule(self) -> float:
         """Linear warm-up, then a cosine to a tenth, as a factor of the peak rate."""
@@ -170,20 +177,25 @@ class _Loop:
         norms = {
             g.name: torch.nn.utils.clip_grad_norm_(g.parameters, self.settings.clip).item() for g in self.stage.groups
         }
-        bad = [name for name, value in {**figures, **norms}.items() if not math.isfinite(value)]
-        if bad:
-            self.log.write(stage=self.stage.name, step=self.step + 1, not_finite=bad)
-            kept = f"the checkpoint of an earlier step stays in {self.path}" if self.path.exists() else "no checkpoint yet"
-            raise TrainingError(
-                f"{self.stage.name}, step {self.step + 1}: not finite in {', '.join(sorted(bad))}; {kept}. Lower "
-                f"{self.stage.name}.lr or {self.stage.name}.clip, then run the command with --force to start over."
-            )
+        self.require_finite(self.step + 1, {**figures, **{f"gradient of {n}": v for n, v in norms.items()}})
         return norms
+
+    def require_finite(self, step: int, figures: dict[str, float]) -> None:
+        bad = sorted(name for name, value in figures.items() if not math.isfinite(value))
+        if not bad:
+            return
+        self.log.write(stage=self.stage.name, step=step, not_finite=bad)
+        kept = f"the checkpoint of an earlier step stays in {self.path}" if self.path.exists() else "no checkpoint yet"
+        raise TrainingError(
+            f"{self.stage.name}, step {step}: not finite: {', '.join(bad)}; {kept}. Lower {self.stage.name}.lr or "
+            f"{self.stage.name}.clip, then run the command with --force to start over."
+        )
 
     @torch.no_grad()
     def evaluate(self) -> None:
         figures = self.run_batches(self.data.held_out, list(range(len(self.data.held_out))), backward=False)
         error = figures["loss"]
+        self.require_finite(self.step, {f"held-out {name}": value for name, value in figures.items()})
         self.log.write(stage=self.stage.name, step=self.step, held_out=figures)
         if self.step == 0:
             self.first_error = error
@@ -201,11 +213,18 @@ class _Loop:
             "step": self.step, "finished": self.finished, "first_error": self.first_error,
             "best_error": self.best_error, "best_step": self.best_step, "bad_evaluations": self.bad_evaluations,
             "parameters": [p.detach() for p in self.parameters], "best": self.best,
-            "optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state(),
+            "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
         temporary = self.path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.path)
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, self.path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as either
+            temporary.unlink(missing_ok=True)
+            raise TrainingError(
+                f"the checkpoint {self.path} could not be written: {error}. An earlier one stays; make room, then "
+                "give the same command again to resume."
+            ) from error
 
     def resume(self) -> None:
         if not self.path.exists():
@@ -215,7 +234,6 @@ class _Loop:
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"].cpu())
         for name in ("step", "finished", "first_error", "best_error", "best_step", "bad_evaluations", "best"):
             setattr(self, name, state[name])
         self.log.say(f"{self.stage.name}: {'done before' if self.finished else f'going on after step {self.step}'}")

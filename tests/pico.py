@@ -52,7 +52,10 @@ ARCHITECTURES = {
     "gpt_oss": (
         "gpt_oss",
         dict(
-            **_SLIDING_AND_FULL, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
+            **_SLIDING_AND_FULL,
+            head_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
             rope_parameters=dict(rope_type="default", rope_theta=10000.0),
         ),
     ),  # fmt: skip

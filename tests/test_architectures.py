@@ -112,8 +112,8 @@ def test_kept_layers_run_as_in_the_base_model(name):
     originals = attention_modules(base)
     expected_masks = _record(base, originals, ids, mask)
     for index, (args, kwargs, output) in _record(model, inside, ids, mask).items():
-        for name in ("linear_context", "past_key_values", "layer_past"):
-            kwargs.pop(name, None)
+        for extra in ("linear_context", "past_key_values", "layer_past"):
+            kwargs.pop(extra, None)
         with torch.no_grad():
             assert torch.equal(originals[index](*args, **kwargs)[0], output[0])
         expected = expected_masks[index][1].get("attention_mask")
@@ -161,19 +161,21 @@ def test_settings(settings, tmp_path):
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), tokens), whole)
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ---------------------------------------------------------------------------------------- what is refused
 
 _LATENT = dict(
-    num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
-    n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, n_shared_experts=1, moe_intermediate_size=16,
+    num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8,
+    v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, n_shared_experts=1,
+    moe_intermediate_size=16,
 )  # fmt: skip
 _SHARED = dict(
-    num_hidden_layers=4, num_kv_shared_layers=2, head_dim=8, sliding_window=6, altup_num_inputs=2, laurel_rank=4,
-    vocab_size_per_layer_input=96, hidden_size_per_layer_input=8, activation_sparsity_pattern=[0.0] * 4,
-    layer_types=["sliding_attention", "full_attention"] * 2,
+    num_hidden_layers=4, num_kv_shared_layers=2, head_dim=8, sliding_window=6, altup_num_inputs=2,
+    laurel_rank=4, vocab_size_per_layer_input=96, hidden_size_per_layer_input=8,
+    activation_sparsity_pattern=[0.0] * 4, layer_types=["sliding_attention", "full_attention"] * 2,
 )  # fmt: skip
 _BESIDE = dict(
-    mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8, head_dim=8
+    mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8,
+    head_dim=8,
 )  # fmt: skip
 REFUSED = {
     "falcon": ({}, "declares no attention layers"),

@@ -1,4 +1,4 @@
-"""Generation and the cache of converted models: every way to decode gives what one pass over the text gives."""
+"""Generation and the cache of converted models: every way to decode gives what one pass gives."""
 
 import copy
 import functools
@@ -52,6 +52,11 @@ def some_rows():
     return [make_tokens(1, length, seed=length)[0] for length in (3, 11, 18)]
 
 
+def generate(model, ids, mask, **settings):
+    options = dict(output_logits=True, return_dict_in_generate=True, **GREEDY)
+    return model.generate(input_ids=ids, attention_mask=mask, **{**options, **settings})
+
+
 def converted_layers(cache):
     return [layer for layer in cache.layers if isinstance(layer, LinearizedCacheLayer)]
 
@@ -60,60 +65,40 @@ def num_bytes(cache):
     return sum(layer.num_bytes() for layer in converted_layers(cache))
 
 
-# ----------------------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------------- generation
 
 
 @every_model
-def test_greedy_in_a_left_padded_batch(name):
-    ids, mask = pad(some_rows())
-    generated = converted(name).generate(
-        input_ids=ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **GREEDY
-    )
+@pytest.mark.parametrize("settings", [{}, dict(prefill_chunk_size=5)], ids=["", "prefill in chunks"])
+def test_greedy_in_a_left_padded_batch(name, settings):
+    generated = generate(converted(name), *pad(some_rows()), **settings)
     check_generation(converted(name), some_rows(), generated)
 
 
 @every_model
 @pytest.mark.parametrize("settings", [
-    dict(do_sample=True, num_return_sequences=3), dict(num_beams=4), dict(num_beams=4, num_return_sequences=2),
+    dict(do_sample=True, num_return_sequences=3), dict(num_beams=4, num_return_sequences=2),
     dict(do_sample=True, num_beams=3), dict(repetition_penalty=1.3),
 ], ids=str)  # fmt: skip
 def test_the_cache_changes_no_token(name, settings):
-    ids, mask = pad(some_rows())
     tokens = []
     for use_cache in (True, False):
         set_seed(0)
-        tokens.append(
-            converted(name).generate(
-                input_ids=ids, attention_mask=mask, use_cache=use_cache, **{**GREEDY, **settings}
-            )
-        )
+        generated = generate(converted(name), *pad(some_rows()), use_cache=use_cache, **settings)
+        tokens.append(generated.sequences)
     assert tokens[0].shape == (3 * settings.get("num_return_sequences", 1), 18 + 14)
     assert torch.equal(*tokens)
 
 
 @every_model
 def test_continuing_from_a_returned_cache(name):
-    model, rows = converted(name), some_rows()
-    ids, mask = pad(rows)
-    first = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
+    model = converted(name)
+    ids, mask = pad(some_rows())
+    first = generate(model, ids, mask)
     longer = torch.cat([first.sequences, make_tokens(3, 6, seed=50)], 1)
     mask = torch.cat([mask, torch.ones(3, 20, dtype=mask.dtype)], 1)
-    generated = model.generate(
-        input_ids=longer, attention_mask=mask, past_key_values=first.past_key_values, output_logits=True,
-        return_dict_in_generate=True, **GREEDY,
-    )  # fmt: skip
-    whole = [row[m.bool()] for row, m in zip(longer, mask, strict=True)]
-    check_generation(model, whole, generated)
-
-
-@every_model
-def test_prefill_in_chunks(name):
-    ids, mask = pad(some_rows())
-    generated = converted(name).generate(
-        input_ids=ids, attention_mask=mask, prefill_chunk_size=5, output_logits=True,
-        return_dict_in_generate=True, **GREEDY,
-    )  # fmt: skip
-    check_generation(converted(name), some_rows(), generated)
+    generated = generate(model, longer, mask, past_key_values=first.past_key_values)
+    check_generation(model, [row[m.bool()] for row, m in zip(longer, mask, strict=True)], generated)
 
 
 @every_model
@@ -157,7 +142,7 @@ def test_a_pipeline():
             assert output[0]["generated_text"] == tokenizer.decode(new)
 
 
-# ------------------------------------------------------------------------------------------- what a row depends on
+# ---------------------------------------------------------------------------------- what a row depends on
 
 
 @every_model
@@ -208,12 +193,15 @@ def test_packed_documents_have_no_cache(name):
         model(input_ids=tokens, position_ids=positions, past_key_values=model.make_cache())
 
 
-# -------------------------------------------------------------------------------------------------- the cache itself
+# --------------------------------------------------------------------------------------- the cache itself
 
 
-def test_memory_does_not_grow():
+@pytest.mark.parametrize("drafting", [False, True])
+def test_memory_does_not_grow(drafting):
     model, cache = converted("llama"), converted("llama").make_cache()
     assert num_bytes(cache) == 0
+    if drafting:
+        cache.activate_past_recording()
     sizes = []
     with torch.no_grad():
         for length in (30, 270):
@@ -222,18 +210,8 @@ def test_memory_does_not_grow():
     assert cache.get_seq_length() == 300 and sizes[0] == sizes[1] > 0
     assert all(layer.keys is None and layer.values is None for layer in cache.layers)
     stated = sum(layer.state_bytes(dtype_bytes=4) for layer in linear_attentions(model).values())
-    held = 2 * (stated + len(cache.layers) * ((WINDOW - 1) + 8))  # one flag a slot, and an int64 length
-    assert sizes[0] == held
-
-
-def test_memory_does_not_grow_while_drafting():
-    model, cache = converted("llama"), converted("llama").make_cache()
-    cache.activate_past_recording()
-    with torch.no_grad():
-        model(input_ids=make_tokens(1, 30), past_key_values=cache)
-        size = num_bytes(cache)
-        model(input_ids=make_tokens(1, 270), past_key_values=cache)
-    assert num_bytes(cache) == size
+    flags = len(cache.layers) * ((WINDOW - 1) + 8)  # a byte a slot, and an int64 length
+    assert drafting or sizes[0] == 2 * (stated + flags)
 
 
 @every_model
@@ -296,18 +274,14 @@ def test_rows_of_the_cache(name):
     assert relative_error(moved, expected[::2]) < 1e-5
 
 
-@every_model
-def test_reset(name):
-    model, tokens, cache = converted(name), make_tokens(2, 20), converted(name).make_cache()
+def test_reset():
+    model, tokens, cache = converted("llama"), make_tokens(2, 20), converted("llama").make_cache()
     with torch.no_grad():
         model(input_ids=make_tokens(2, 30, seed=6), past_key_values=cache)
-        for layer in converted_layers(cache):
-            layer.reset()
-            assert layer.get_seq_length() == 0 and layer.num_bytes() == 0
-        if name == "llama":
-            cache.reset()
-            logits = model(input_ids=tokens, past_key_values=cache).logits
-            assert relative_error(logits, logits_of(model, tokens)) < 1e-5
+        cache.reset()
+        assert cache.get_seq_length() == 0 and num_bytes(cache) == 0
+        logits = model(input_ids=tokens, past_key_values=cache).logits
+    assert relative_error(logits, logits_of(model, tokens)) < 1e-5
 
 
 @every_model
@@ -324,14 +298,14 @@ def test_state_is_that_of_one_pass(name):
         assert torch.equal(b.state.ring_valid, a.state.ring_valid)
 
 
-# --------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------------- what is refused
 
 
 @every_model
-def test_a_cache_of_another_kind(name):
+def test_caches_of_another_kind(name):
     model, tokens = converted(name), make_tokens(1, 5)
     for cache in (DynamicCache(), DynamicCache(config=base_model(name).config)):
-        with pytest.raises(CacheError, match=r"\(DynamicCache\) holds no state .* make_cache"):
+        with pytest.raises(CacheError, match=r"\(DynamicCache\) holds no state .*make_cache"):
             model(input_ids=tokens, past_key_values=cache)
     with pytest.raises(CacheError, match="DynamicCache"):
         model.generate(tokens, past_key_values=DynamicCache(), **GREEDY)
@@ -340,9 +314,13 @@ def test_a_cache_of_another_kind(name):
 
 
 @every_model
-@pytest.mark.parametrize("mask", [torch.zeros(1, 1, 5, 5), {"full_attention": None}], ids=["4-D", "dict"])
-def test_a_prepared_mask(name, mask):
-    with pytest.raises(CacheError, match="attention_mask must be .batch, tokens. of 0 and 1"):
+@pytest.mark.parametrize(
+    "mask",
+    [torch.zeros(1, 1, 5, 5), {"full_attention": None}, torch.ones(1, 4), torch.ones(2, 5)],
+    ids=["4-D", "dict", "short", "of another batch"],
+)
+def test_masks_that_say_too_much_or_too_little(name, mask):
+    with pytest.raises(CacheError, match="attention_mask must be .1 rows, 5 tokens or more. of 0 and 1"):
         converted(name)(input_ids=make_tokens(1, 5), attention_mask=mask)
 
 
@@ -360,7 +338,7 @@ def test_another_attention_implementation_is_never_silent():
         logits_of(model, tokens)
 
 
-# ----------------------------------------------------------------------------------------------- training and dtypes
+# ------------------------------------------------------------------------------------ training and dtypes
 
 
 @every_model

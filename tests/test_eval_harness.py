@@ -9,8 +9,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import linearize
+from linearize.architecture import linearize_
 from linearize.errors import DataError, LinearizeError, ModelError
+from linearize.export import export
+from linearize.recipe import AttentionSettings, FeatureMapSettings
 
 pytest.importorskip("lm_eval")
 
@@ -81,8 +83,17 @@ def task_folder(tmp_path_factory):
     return folder
 
 
-def load(folder, *, device="auto", dtype="auto"):
-    assert (device, dtype) == ("auto", "auto")
+@pytest.fixture(scope="module")
+def converted_folder(model_folder, tmp_path_factory):
+    """The tiny model converted and exported in bfloat16."""
+    model, tokenizer = load(model_folder)
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    linearize_(model, AttentionSettings(window=4, sinks=1, feature_map=FeatureMapSettings(dim=4)))
+    export(model, tokenizer, folder, dtype="bfloat16", files={})
+    return folder
+
+
+def load(folder):
     return LlamaForCausalLM.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
 
 
@@ -105,7 +116,7 @@ def plain_lm_eval(model_folder, task_folder, **settings) -> dict:
 
     return simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(model_folder)},
+        model_args={"pretrained": str(model_folder), "trust_remote_code": True},
         tasks=["tiny_choice", "tiny_word"],
         task_manager=TaskManager(include_path=str(task_folder), include_defaults=False),
         batch_size=8,
@@ -128,10 +139,16 @@ def test_figures_equal_those_of_plain_lm_eval(model_folder, task_folder, setting
     assert results["n-samples"]["tiny_choice"] == {"original": 16, "effective": documents}
 
 
-def test_a_folder_gives_the_same_as_its_model(model_folder, task_folder, monkeypatch):
-    monkeypatch.setitem(vars(linearize), "load", load)
-    results = evaluate_folder(model_folder, tasks=["tiny_*"], include_path=task_folder)
-    assert results["results"] == plain_lm_eval(model_folder, task_folder)
+def test_a_converted_folder_scores_as_in_plain_lm_eval(converted_folder, task_folder):
+    results = evaluate_folder(converted_folder, tasks=["tiny_*"], include_path=task_folder, device="cpu")
+    assert results["results"] == plain_lm_eval(converted_folder, task_folder)
+    assert results["config"]["model_dtype"] == "torch.bfloat16"
+
+
+def test_another_dtype_may_be_asked_for(converted_folder, task_folder):
+    settings = {"tasks": ["tiny_word"], "include_path": task_folder, "limit": 2, "device": "cpu"}
+    results = evaluate_folder(converted_folder, dtype="float32", **settings)
+    assert results["config"]["model_dtype"] == "torch.float32"
 
 
 def test_model_and_tokenizer_are_left_as_they_were(model_folder, task_folder):
@@ -203,7 +220,7 @@ def test_missing_data_is_a_plain_error(model_folder, tmp_path):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path, task_folder):
-    with pytest.raises(ModelError, match="config.json is missing"):
+    with pytest.raises(ModelError, match="has no config.json"):
         evaluate_folder(tmp_path, tasks=["tiny_word"], include_path=task_folder)
 
 

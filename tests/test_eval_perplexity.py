@@ -206,6 +206,14 @@ def test_kv_bytes_are_those_of_the_cache(model_class, config, num_sliding):
     assert kv_cache_bytes(config, 50, 2) * 2 == kv_cache_bytes(config, 50, 4)
 
 
-def test_layers_without_keys_and_values_are_refused_by_name():
-    with pytest.raises(ArchitectureError, match="linear_attention"):
-        kv_cache_bytes(Qwen3NextConfig(num_hidden_layers=4), 1024, 2)
+def test_layers_without_keys_and_values_count_nothing():
+    config = Qwen3NextConfig(num_hidden_layers=4)
+    assert config.layer_types == ["linear_attention"] * 3 + ["full_attention"]
+    one_layer = 1024 * 2 * config.num_key_value_heads * config.head_dim * 2
+    assert kv_cache_bytes(config, 1024, 2) == one_layer
+
+
+def test_layers_of_unknown_kind_are_refused_by_name():
+    config = LlamaConfig(**SMALL, layer_types=["full_attention", "indexed_attention"])
+    with pytest.raises(ArchitectureError, match="type indexed_attention; known types: full_attention"):
+        kv_cache_bytes(config, 1024, 2)

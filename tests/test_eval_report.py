@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from linearize.errors import DataError, ModelError
-from linearize_eval.chart import STYLES, draw_report, smooth_by_position
+from linearize_eval.chart import STYLES, draw_report, smooth_by_position, top_of_axis
 from linearize_eval.memory import kv_cache_bytes
 from linearize_eval.perplexity import perplexity_by_position
 from linearize_eval.report import far_start, load_report, measure_report, save_report
@@ -213,7 +213,7 @@ def test_markdown_holds_the_same_figures(report):
     text = report_markdown(report)
     table_lines = [line for line in text.splitlines() if line.startswith("|")]
     for variant in report["variants"]:
-        line = next(line for line in table_lines if line.startswith(f"| {variant['name']}"))
+        line = next(line for line in table_lines if line.startswith(f"| {variant['name']} "))
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         for cell, column in zip(cells[1:], table_columns(report), strict=True):
             value, ratio = table_cell(report, variant, column)
@@ -327,14 +327,40 @@ def test_missing_damaged_and_foreign_reports_are_refused(tmp_path):
 
 
 def test_the_chart_is_a_png_with_a_line_for_each_variant(report, tmp_path):
-    path = tmp_path / "chart.png"
+    report, path = copy.deepcopy(report), tmp_path / "chart.png"
+    for i, variant in enumerate(report["variants"]):  # apart from one another and all within the axis
+        variant["nll_by_position"] = [3 + 0.2 * i] * 127
     draw_report(report, path)
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = (matplotlib.image.imread(path)[..., :3] * 255).round().astype(int)
     assert pixels.shape[0] > 500 and pixels.shape[1] > 1000
     for colour, _ in STYLES[: len(NAMES)]:
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-        assert (pixels == rgb).all(axis=-1).sum() > 100
+        assert (pixels == rgb).all(axis=-1).sum() > 200
+
+
+def test_a_broken_variant_does_not_squeeze_the_chart():
+    good, better, broken = np.array([30.0, 20.0]), np.array([25.0, 15.0]), np.array([9000.0, 800.0])
+    assert top_of_axis([good, better, broken]) == 37.5
+    assert top_of_axis([good, better]) is None
+    assert top_of_axis([np.array([np.nan, np.nan]), good]) == 37.5
+    assert top_of_axis([np.array([np.nan, np.nan])]) is None
+
+
+def task_results(value: float) -> dict:
+    metrics = {"alias": "piqa", "acc,none": value, "acc_stderr,none": 0.0163, "ppl,none": float("nan")}
+    return {"results": {"piqa": metrics | {"ppl_stderr,none": "N/A"}}, "n-shot": {"piqa": 0}}
+
+
+def test_tasks_are_saved_printed_and_written_beside_the_teachers(report, tmp_path):
+    with_tasks = report | {"tasks": {"teacher": task_results(0.6512), "converted": task_results(0.6049)}}
+    save_report(with_tasks, tmp_path)  # the NaN too
+    loaded = load_report(tmp_path)
+    assert "| piqa | acc | 0.6512 ± 0.0163 | 0.6049 ± 0.0163 |" in report_markdown(loaded)
+    assert f"| piqa | ppl | {NOT_FINITE} | {NOT_FINITE} |" in report_markdown(loaded)
+    text = " ".join(printed(loaded, 120).split())
+    assert "piqa acc 0.6512 ± 0.0163 0.6049 ± 0.0163" in text
+    assert "piqa" not in printed(report | {"tasks": {}}, 120)
 
 
 def test_smoothing_keeps_a_constant_and_covers_every_position():

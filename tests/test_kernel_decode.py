@@ -18,14 +18,14 @@ DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
 
 @pytest.fixture(autouse=True)
 def fold_early(monkeypatch):
-    """In the interpreter, which takes a second for a few tokens, 8 tokens are folded at once instead of 64."""
+    """In the interpreter, which is slow, 8 tokens are folded at once instead of 64."""
     if not ON_GPU:
         monkeypatch.setattr("linearize_kernels.decode.FOLD", 8)
         monkeypatch.setattr("linearize_kernels.decode_kernels.FOLD", tl.constexpr(8))
 
 
-def make(prompt=10, tokens=5, batch=2, heads=2, groups=1, head_dim=16, map_dim=5, window=6, sinks=2, decay=False,
-         pad=0, large=1.0, dtype=torch.float32, seed=0):  # fmt: skip
+def make(prompt=10, tokens=5, batch=2, heads=2, groups=1, head_dim=16, map_dim=5, window=6, sinks=2,
+         decay=False, pad=0, large=1.0, dtype=torch.float32, seed=0):  # fmt: skip
     g = torch.Generator().manual_seed(seed)
     length = prompt + tokens
 
@@ -33,7 +33,8 @@ def make(prompt=10, tokens=5, batch=2, heads=2, groups=1, head_dim=16, map_dim=5
         return torch.randn(*shape, generator=g).to(DEVICE, dtype)
 
     inputs = dict(
-        q=draw(batch, length, heads, head_dim).transpose(1, 2) * large, k=draw(batch, groups, length, head_dim) * large,
+        q=draw(batch, length, heads, head_dim).transpose(1, 2) * large,
+        k=draw(batch, groups, length, head_dim) * large,
         v=draw(batch, groups, length, head_dim), q_far=draw(batch, heads, length, map_dim).float() * 0.5,
         k_far=draw(batch, groups, length, map_dim).float() * 0.5, gate=draw(batch, heads, length).float(),
     )  # fmt: skip
@@ -131,6 +132,7 @@ GPU_CASES = {
 }
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("state_dtype", DTYPES, ids=lambda d: f"state {d}")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -149,6 +151,7 @@ def test_table(name, dtype, state_dtype):
     check(**case, dtype=dtype, state_dtype=state_dtype)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_graph_replay_equals_eager():
     shape = dict(prompt=70, tokens=200, head_dim=64, map_dim=16, window=64, sinks=4, dtype=torch.bfloat16)

@@ -1,4 +1,5 @@
-"""The Triton prefill against the float64 reference: outputs and the state it leaves, from nothing or from a state.
+"""The Triton prefill against the float64 reference: outputs and the state it leaves, from nothing or from a
+state.
 
 Without a GPU it runs in Triton's interpreter (see conftest.py), in float32.
 """
@@ -25,15 +26,16 @@ def small_chunks(monkeypatch):
         monkeypatch.setattr("linearize_kernels.prefill.BLOCK", {"FB": 32, "VB": 16, "BN": 32})
 
 
-def make(length=90, batch=1, heads=2, groups=1, head_dim=16, map_dim=4, window=12, sinks=3, decay=False, pad=None,
-         large=1.0, extra=0, dtype=torch.float32, seed=0):  # fmt: skip
+def make(length=90, batch=1, heads=2, groups=1, head_dim=16, map_dim=4, window=12, sinks=3, decay=False,
+         pad=None, large=1.0, extra=0, dtype=torch.float32, seed=0):  # fmt: skip
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(*shape, generator=g).to(DEVICE, dtype)
 
     inputs = dict(
-        q=draw(batch, length, heads, head_dim).transpose(1, 2) * large, k=draw(batch, groups, length, head_dim) * large,
+        q=draw(batch, length, heads, head_dim).transpose(1, 2) * large,
+        k=draw(batch, groups, length, head_dim) * large,
         v=draw(batch, groups, length, head_dim), q_far=draw(batch, heads, length, map_dim).float() * 0.5,
         k_far=draw(batch, groups, length, map_dim).float() * 0.5, gate=draw(batch, heads, length).float(),
     )  # fmt: skip
@@ -49,14 +51,14 @@ def make(length=90, batch=1, heads=2, groups=1, head_dim=16, map_dim=4, window=1
 
 
 def check(cuts=(), **case):
-    """The whole text in pieces cut at `cuts`, each continuing from the state before, against the reference."""
+    """The text in pieces, each continuing from the state before, against the reference on the whole."""
     inputs, options, valid, state = make(**case)
     length, dtype = valid.shape[1], inputs["q"].dtype
     tolerance = 1e-4 if dtype == torch.float32 else 5e-3
     exact = {n: x.double() for n, x in inputs.items()}
     expected, last = attention_quadratic(
-        **exact, valid=valid, **options, state=state.map(lambda x: x.double() if x.is_floating_point() else x),
-        return_state=True,
+        **exact, valid=valid, **options, return_state=True,
+        state=state.map(lambda x: x.double() if x.is_floating_point() else x),
     )  # fmt: skip
     outputs, edges = [], [0, *cuts, length]
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
@@ -110,6 +112,7 @@ GPU_CASES = {
 }
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", GPU_CASES)

@@ -1,7 +1,7 @@
 """The Triton training kernels against the float64 reference: output and every gradient.
 
-On a machine without a GPU they run in Triton's interpreter (see conftest.py), float32 and small shapes only: it
-has no bfloat16 products. On a GPU the whole table runs. Fresh memory is filled with NaN beforehand.
+On a machine without a GPU they run in Triton's interpreter (see conftest.py), float32 and small shapes only:
+it has no bfloat16 products. On a GPU the whole table runs. Fresh memory is filled with NaN beforehand.
 """
 
 import pytest
@@ -19,8 +19,8 @@ NAMES = ("q", "k", "v", "q_far", "k_far", "gate", "log_decay")
 SMALL = Config(Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1), Tiles(16, 16, 4, 1))
 
 
-def make(length=60, batch=1, heads=2, groups=1, head_dim=16, map_dim=5, window=12, sinks=3, per="kv_head", decay=False,
-         pad=None, cuts=(), large=1.0, far_gate=None, dtype=torch.float32, seed=0):  # fmt: skip
+def make(length=60, batch=1, heads=2, groups=1, head_dim=16, map_dim=5, window=12, sinks=3, per="kv_head",
+         decay=False, pad=None, cuts=(), large=1.0, far_gate=None, dtype=torch.float32, seed=0):  # fmt: skip
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -28,7 +28,8 @@ def make(length=60, batch=1, heads=2, groups=1, head_dim=16, map_dim=5, window=1
 
     far_heads = groups if per == "kv_head" else heads
     inputs = dict(
-        q=draw(batch, length, heads, head_dim).transpose(1, 2) * large, k=draw(batch, groups, length, head_dim) * large,
+        q=draw(batch, length, heads, head_dim).transpose(1, 2) * large,
+        k=draw(batch, groups, length, head_dim) * large,
         v=draw(batch, groups, length, head_dim), q_far=draw(batch, heads, length, map_dim) * 0.5,
         k_far=draw(batch, far_heads, length, map_dim) * 0.5, gate=draw(batch, heads, length),
         log_decay=-torch.linspace(0.01, 0.1, far_heads, device=DEVICE) if decay else None,
@@ -123,6 +124,7 @@ GPU_CASES = {
 }
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", GPU_CASES)
@@ -131,6 +133,7 @@ def test_table(name, dtype):
            "dtype": dtype, **GPU_CASES[name]})  # fmt: skip
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("entry", CONFIGS, ids=str)

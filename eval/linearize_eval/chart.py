@@ -24,6 +24,7 @@ STYLES = (
 )
 BINS_AN_OCTAVE = 2
 COMPARED_LENGTH = 32768
+OUTLIER = 10  # a variant so many times worse than the best does not set the scale
 
 
 def draw_report(report: dict, path: str | Path) -> None:
@@ -54,12 +55,19 @@ def smooth_by_position(nll: np.ndarray, *, first: int = 1) -> tuple[np.ndarray, 
 
 def _draw_perplexity(axes: Axes, report: dict) -> None:
     # Well inside the window all variants agree but for "window off", and few tokens have little to say.
-    first = max(1, min(report["window"], report["meta"]["row_tokens"]) // 8)
-    for (colour, style), variant in zip(itertools.cycle(STYLES), report["variants"], strict=False):
+    first = max(1, min(report["window"], report["meta"]["row_tokens"]) // 4)
+    curves = []
+    for variant in report["variants"]:
         nll = np.array(variant["nll_by_position"], dtype=float)  # None becomes NaN
-        centres, values = smooth_by_position(nll, first=first)
+        curves.append(smooth_by_position(nll, first=first))
+    top = top_of_axis([values for _, values in curves])
+    for (colour, style), variant, (centres, values) in zip(
+        itertools.cycle(STYLES), report["variants"], curves, strict=False
+    ):
         overall = variant["perplexity"]
         label = f"{variant['name']}: {NOT_FINITE if overall is None else write_number(overall)} overall"
+        if top is not None and np.nanmax(values, initial=0) > top:
+            label += ", partly above the axis" if np.nanmin(values) <= top else ", above the axis"
         axes.plot(centres, values, color=colour, linestyle=style, linewidth=2, label=label)
     axes.axvline(report["window"], color="grey", linewidth=1, linestyle=":")
     axes.annotate(
@@ -71,12 +79,23 @@ def _draw_perplexity(axes: Axes, report: dict) -> None:
         color="dimgrey",
     )
     _log_axes(axes)
+    axes.set_ylim(top=top)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.set(
         title="Perplexity by position (lower is better)",
         xlabel="position of the predicted token (tokens)",
         ylabel="perplexity",
     )
+
+
+def top_of_axis(curves: list[np.ndarray]) -> float | None:
+    """Upper end of the perplexity axis if a broken variant would squeeze the others flat; else None."""
+    finite = [values for values in curves if np.isfinite(values[-1])]
+    best = min((values[-1] for values in finite), default=0)
+    near = [values for values in finite if values[-1] <= OUTLIER * best]
+    if not near or len(near) == len(curves):
+        return None
+    return 1.25 * max(np.nanmax(values) for values in near)
 
 
 def _draw_memory(axes: Axes, report: dict) -> None:

@@ -11,9 +11,11 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from linearize.errors import DataError, LinearizeError, ModelError
+from linearize.errors import DataError, LinearizeError
+from linearize_eval.json_values import finite
 
 NUM_SUGGESTIONS = 3
 # lm-eval warns of these on every run that hands it a model object or a task with its own data loader.
@@ -38,19 +40,18 @@ def evaluate_folder(
 ) -> dict:
     """Runs lm-eval tasks on the model exported to `folder`.
 
-    `device` and `dtype` as in `linearize.load`; the rest, the result and the errors as in `evaluate_model`.
+    `device` and `dtype` as in `linearize.load`, but that dtype "auto" is the saved one on a CPU too, as it is
+    for lm-eval. The other arguments, the result and the errors are those of `evaluate_model`.
 
-    Raises ModelError if `folder` holds no model.
+    Raises ModelError if `folder` holds no converted model.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise ModelError(
-            f"no model in {folder}: config.json is missing. Give a folder that `linearize convert` wrote"
-        )
+    from linearize.loading import load, read_config
+
+    config = read_config(Path(folder))
     _require_lm_eval()
     task_manager, names = find_tasks(tasks, include_path=include_path, pretrained=str(folder))
-
-    from linearize import load
-
+    if dtype == "auto":
+        dtype = config.get("dtype") or "auto"
     model, tokenizer = load(folder, device=device, dtype=dtype)
     return _evaluate(model, tokenizer, names, task_manager, limit, batch_size, num_fewshot)
 
@@ -75,7 +76,7 @@ def evaluate_model(
         batch_size: requests a forward, or "auto".
         num_fewshot: examples in each prompt, instead of the task's own number.
 
-    Returns lm-eval's results as JSON values: "results" {task: {metric: value}}, "n-shot", "versions", ...
+    Returns lm-eval's results as JSON values (a NaN is None): "results" {task: {metric: value}}, "n-shot", ...
     Raises LinearizeError if lm-eval is not installed, DataError if a task is unknown or its data is missing.
     """
     _require_lm_eval()
@@ -157,7 +158,7 @@ def _evaluate(model, tokenizer, names, task_manager, limit, batch_size, num_fews
     finally:
         for module in training:
             module.training = True
-    return json.loads(json.dumps(results, default=handle_non_serializable))
+    return finite(json.loads(json.dumps(results, default=handle_non_serializable)))
 
 
 @contextmanager
@@ -175,27 +176,48 @@ def _quiet_harness() -> Iterator[None]:
         logger.handlers, logger.propagate = before
 
 
+@dataclass(frozen=True)
+class TaskFigure:
+    """One metric of one task: its `value`, None if not finite, and standard error, None if there is none."""
+
+    task: str
+    metric: str
+    value: float | None
+    error: float | None
+    num_fewshot: int | str
+    num_documents: int | str
+
+
+def task_figures(results: dict) -> list[TaskFigure]:
+    """Every figure in the results of `evaluate_model`, in order."""
+    figures = []
+    for task, metrics in results["results"].items():
+        for key, value in metrics.items():
+            metric, _, filter_name = key.partition(",")
+            if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float | None):
+                continue
+            error = metrics.get(f"{metric}_stderr,{filter_name}")
+            figures.append(
+                TaskFigure(
+                    task=metrics.get("alias", task),
+                    metric=metric if filter_name == "none" else f"{metric} ({filter_name})",
+                    value=value,
+                    error=error if isinstance(error, int | float) else None,
+                    num_fewshot=results.get("n-shot", {}).get(task, ""),
+                    num_documents=results.get("n-samples", {}).get(task, {}).get("effective", ""),
+                )
+            )
+    return figures
+
+
 def format_results(results: dict) -> str:
     """The results of `evaluate_model` as an aligned table: task, metric, value, standard error, documents."""
     lines = [("task", "metric", "value", "± std. error", "n-shot", "documents")]
-    for task, figures in results["results"].items():
-        for key, value in figures.items():
-            metric, _, filter_name = key.partition(",")
-            if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            name = metric if filter_name == "none" else f"{metric} ({filter_name})"
-            error = figures.get(f"{metric}_stderr,{filter_name}")
-            documents = results.get("n-samples", {}).get(task, {}).get("effective", "")
-            lines.append(
-                (
-                    figures.get("alias", task),
-                    name,
-                    f"{value:.4f}",
-                    f"{error:.4f}" if isinstance(error, int | float) else "",
-                    str(results.get("n-shot", {}).get(task, "")),
-                    str(documents),
-                )
-            )
+    for figure in task_figures(results):
+        value = "not finite" if figure.value is None else f"{figure.value:.4f}"
+        error = "" if figure.error is None else f"{figure.error:.4f}"
+        counts = str(figure.num_fewshot), str(figure.num_documents)
+        lines.append((figure.task, figure.metric, value, error, *counts))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, tuple("-" * width for width in widths))
     text = []

@@ -6,19 +6,22 @@ G kv heads, D head dim.
 from linearize.errors import ArchitectureError
 
 UNBOUNDED = None
+# Layers that keep no keys and values. What they keep instead does not grow, and converting leaves it alone.
+WITHOUT_KEYS = ("conv", "linear_attention", "moe", "mlp")
 
 
 def kv_cache_bytes(config, length: int, dtype_bytes: int) -> int:
     """Bytes of keys and values of one sequence of `length` tokens, over all layers of an unconverted model.
 
-    Sliding and chunked layers hold at most their window (an implementation may hold one token less).
+    Sliding and chunked layers hold at most their window (an implementation may hold one token less);
+    convolutions and recurrent layers count nothing.
 
     Args:
         config: the model's Hugging Face config; a composite one is asked for its text config.
         length: tokens in the sequence.
         dtype_bytes: bytes of one number of the cache (2 for bfloat16).
 
-    Raises ArchitectureError if a layer keeps something else than keys and values.
+    Raises ArchitectureError if a layer is of a kind unknown here.
     """
     config = config.get_text_config(decoder=True)
     num_heads = config.num_attention_heads
@@ -36,10 +39,11 @@ def _layer_windows(config) -> list[int | None]:
     if layer_types is None:  # then transformers gives every layer the same kind
         return [sliding or chunk or UNBOUNDED] * config.num_hidden_layers
     windows = {"full_attention": UNBOUNDED, "sliding_attention": sliding, "chunked_attention": chunk}
+    windows |= dict.fromkeys(WITHOUT_KEYS, 0)
     unknown = sorted(set(layer_types) - set(windows))
     if unknown:
         raise ArchitectureError(
-            f"the KV cache of {config.model_type!r} cannot be counted: layers of type {', '.join(unknown)} "
-            f"keep something else than keys and values; known types: {', '.join(windows)}"
+            f"the KV cache of {config.model_type!r} cannot be counted: it has layers of type "
+            f"{', '.join(unknown)}; known types: {', '.join(windows)}"
         )
     return [windows[layer_type] for layer_type in layer_types]

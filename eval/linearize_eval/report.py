@@ -7,7 +7,6 @@ that came out infinite or NaN is None in it. The words and tables made from it a
 N rows, T tokens a row.
 """
 
-import importlib.metadata
 import json
 import math
 import statistics
@@ -18,17 +17,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+import linearize
 from linearize.errors import DataError, ModelError
 from linearize_eval.chart import draw_report
+from linearize_eval.json_values import finite
 from linearize_eval.perplexity import evaluation_mode, perplexity, position_edges, summarize_nll, token_nll
 from linearize_eval.recall import KeySample, build_key_samples, copy_recall, copy_rows, score_key_samples
+from linearize_eval.report_text import CHART_FILE
 
 FORMAT = 1
 REPORT_FILE = "report.json"
-CHART_FILE = "report.png"
 MEMORY_LENGTHS = (1024, 8192, 32768)
 CURVE_LENGTHS = tuple(2**power for power in range(6, 18))
 SPEED_RUNS = 3
@@ -89,7 +91,7 @@ def measure_report(
     if key_recall_samples:
         settings = {"num_pairs": key_recall_pairs, "num_samples": key_recall_samples, "seed": seed}
         plan.samples = _key_samples(tokenizer, rows, recall_distances, settings, max_positions, left_out)
-    return _finite(
+    return finite(
         {
             "format": FORMAT,
             "window": window,
@@ -253,15 +255,8 @@ def _meta(model, rows: torch.Tensor, num_questions: int, num_pairs: int) -> dict
         "device": name,
         "key_questions": num_questions,
         "key_pairs": num_pairs,
-        "versions": {name: _version(name) for name in ("linearize", "torch", "transformers")},
+        "versions": {module.__name__: module.__version__ for module in (linearize, torch, transformers)},
     }
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _progress_bar(visible: bool) -> Progress:
@@ -270,20 +265,15 @@ def _progress_bar(visible: bool) -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not visible)
 
 
-def _finite(value):
-    """`value` with every infinite or NaN float, which JSON cannot hold, replaced by None."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def save_report(report: dict, folder: str | Path) -> None:
-    """Writes report.json and its chart report.png into `folder`, which is made if need be."""
+    """Writes report.json and its chart report.png into `folder`, which is made if need be.
+
+    The report may hold more than `measure_report` put there; under "tasks" {"teacher": results of
+    `harness.evaluate_model`, "converted": ...} is printed with the rest.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=1, allow_nan=False)
+    text = json.dumps(finite(report), indent=1, allow_nan=False)
     (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
     draw_report(report, folder / CHART_FILE)
 

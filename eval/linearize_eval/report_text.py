@@ -11,12 +11,14 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from linearize_eval.harness import task_figures
 from linearize_eval.perplexity import bucket_label, position_label
 
 TEACHER, CONVERTED, FAR_OFF, WINDOW_SINKS = "teacher", "converted", "far term off", "window + sinks"
 # A difference counts when it exceeds this many standard errors over the rows.
 STANDARD_ERRORS = 2
 NOT_FINITE = "not finite"
+CHART_FILE = "report.png"
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,26 @@ def legend(report: dict) -> str:
             f"key@d: share of {meta['key_questions']} planted facts found d tokens later (chance "
             f"{write_share(keys[0]['chance'])})."
         )
+    parts.append("±: one standard error over the rows; a difference counts from two.")
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     parts.append(f"x: against the teacher. tokens/s: this forward, {meta['dtype']} on {meta['device']}.")
     return " ".join([*parts, f"{versions}."])
+
+
+def task_rows(report: dict) -> list[tuple[str, ...]]:
+    """lm-eval's figures, if any: a heading, then task, metric and the value ± its error of each variant."""
+    tasks = report.get("tasks") or {}
+    if not tasks:
+        return []
+    figures = [task_figures(results) for results in tasks.values()]
+    rows = [("task", "metric", *tasks)]
+    for row in zip(*figures, strict=True):
+        values = [
+            NOT_FINITE if f.value is None else f"{f.value:.4f}" + (f" ± {f.error:.4f}" if f.error else "")
+            for f in row
+        ]
+        rows.append((row[0].task, row[0].metric, *values))
+    return rows
 
 
 def memory_line(report: dict) -> str:
@@ -214,6 +233,8 @@ def print_report(report: dict, *, console: Console | None = None) -> None:
             table.width = _narrowest(console, table)  # a figure cut short is worse than a line too long
         console.print(table, crop=False, no_wrap=True, overflow="ignore")
     console.print(Text(legend(report), style="dim"))
+    if rows := task_rows(report):
+        console.print(_task_table(rows))
     console.print(Text(memory_line(report)))
     for reason in report["left_out"]:
         console.print(Text(f"not measured: {reason}", style="yellow"))
@@ -244,23 +265,38 @@ def _table(report: dict, title: str, columns: list[Column]) -> Table:
     return table
 
 
+def _task_table(rows: list[tuple[str, ...]]) -> Table:
+    table = Table(title="Tasks", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for i, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="left" if i < 2 else "right")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
 def report_markdown(report: dict) -> str:
-    """The same card as Markdown: verdicts, table, what its columns mean, memory."""
+    """The same card as Markdown: verdicts, table, what its columns mean, tasks, memory and the chart."""
     columns = table_columns(report)
-    lines = [f"- **{verdict.text}**" for verdict in verdicts(report)]
-    lines += [f"- not measured: {reason}" for reason in report["left_out"]]
-    lines += ["", "| variant | " + " | ".join(column.heading for column in columns) + " |"]
-    lines.append("| --- |" + " ---: |" * len(columns))
+    rows = [("variant", *(column.heading for column in columns))]
     for variant in report["variants"]:
         note = f" ({variant['note']})" if variant["note"] else ""
-        cells = []
-        for column in columns:
-            value, ratio = table_cell(report, variant, column)
-            cells.append(f"{value} ({ratio})" if ratio else value)
-        lines.append(f"| {variant['name']}{note} | " + " | ".join(cells) + " |")
-    lines += ["", legend(report), "", "| tokens in the sequence | state | KV cache of the teacher |"]
-    lines.append("| ---: | ---: | ---: |")
+        cells = [table_cell(report, variant, column) for column in columns]
+        figures = (f"{value} ({ratio})" if ratio else value for value, ratio in cells)
+        rows.append((variant["name"] + note, *figures))
+    memory = [("tokens in the sequence", "state", "KV cache of the teacher")]
     for row in report["memory"]["table"]:
-        state, cache = write_bytes(row["state_bytes"]), write_bytes(row["kv_bytes"])
-        lines.append(f"| {row['length']:,} | {state} | {cache} |")
+        memory.append((f"{row['length']:,}", write_bytes(row["state_bytes"]), write_bytes(row["kv_bytes"])))
+    lines = [f"- **{verdict.text}**" for verdict in verdicts(report)]
+    lines += [f"- not measured: {reason}" for reason in report["left_out"]]
+    lines += ["", *_markdown_table(rows), "", legend(report), ""]
+    if tasks := task_rows(report):
+        lines += [*_markdown_table(tasks, num_words=2), ""]
+    lines += [*_markdown_table(memory, num_words=0), ""]
+    lines.append(f"![Perplexity by position; memory by length]({CHART_FILE})")
     return "\n".join(lines).strip() + "\n"
+
+
+def _markdown_table(rows: list[tuple[str, ...]], *, num_words: int = 1) -> list[str]:
+    """Lines of a table: the first row is its heading, the first `num_words` columns hold no figures."""
+    sides = ["---"] * num_words + ["---:"] * (len(rows[0]) - num_words)
+    return [f"| {' | '.join(row)} |" for row in (rows[0], sides, *rows[1:])]

@@ -2,9 +2,9 @@
 
     python -m linearize_kernels.bench [--csv FILE] [--only training|decode|prefill]
 
-Every row's result is compared with the float64 reference (at a length where that fits) before anything is timed. The
-operations and bytes are algorithmic counts: what the method must do, however a kernel does it (kernels/README.md).
-The two ceilings, a large copy and a large matrix product, are measured in the same run.
+Every row's result is compared with the float64 reference (at a length where that fits) before anything is
+timed. The operations and bytes are algorithmic counts: what the method must do, however a kernel does it
+(kernels/README.md). The two ceilings, a large copy and a large matrix product, are measured in the same run.
 """
 
 import argparse
@@ -59,7 +59,7 @@ DECODE = [Shape(f"8B, {b} rows", b, 32, 8, 1, 128) for b in (1, 16, 128)] + [
 
 
 def draw(s: Shape, length: int, dtype=torch.bfloat16):
-    """Random inputs in the layout of a model: heads side by side in memory. Returns (inputs, gradient of out)."""
+    """Random (inputs, gradient of out) in the layout of a model: heads side by side in memory."""
 
     def heads(count, size):
         return torch.randn(s.B, length, count, size, device="cuda").transpose(1, 2).to(dtype)
@@ -94,8 +94,8 @@ def ceilings() -> tuple[float, float]:
 def hybrid_gflop(s: Shape) -> tuple[float, float]:
     """Quadratic hybrid attention, forward and backward: products over exact and over far pairs.
 
-    Exact pair: forward 2 products over D, backward 5. Far pair: forward one over d and one over D, backward two over
-    D (value and weight gradients) and three over d.
+    Exact pair: forward 2 products over D, backward 5. Far pair: forward one over d and one over D, backward
+    two over D (value and weight gradients) and three over d.
     """
     pairs = s.B * s.H * s.T * (s.T + 1) / 2
     exact = min(pairs, s.B * s.H * s.T * (s.window + s.sinks))
@@ -180,7 +180,8 @@ def bench_decode(s: Shape):
                 decode(**inputs, state=state, **options, out=out)
         times = [ms / layers for ms in measure(graph.replay)]
         state, features = states[0], states[0].total.shape[2]
-        # The sum is read each token and read and written once in 64, the window read; 95 slots are held on average.
+        # The sum is read each token and read and written once in 64, the window read; 95 slots are held on
+        # average.
         held = s.window + 31
         slots = s.B * s.G * (held * (2 * s.D * 2 + s.d * 4) + s.sinks * 4 * s.D)
         gb = (state.total.numel() * state.total.element_size() * (1 + 2 / 64) + slots) / 1e9
@@ -239,7 +240,7 @@ def _past(s: Shape, options, length=500):
 
 
 def prepare_decode(s: Shape, layers: int, dtype, options):
-    """States after a prompt, inputs of one token, and the error of 70 tokens against the float64 reference."""
+    """(Error of 70 tokens against the float64 reference, states after a prompt, inputs of one token)."""
     from .decode import DecodeState, decode
 
     past, state = _past(s, options)
@@ -277,7 +278,8 @@ def main(arguments=None) -> None:
     torch.manual_seed(0)
     copy, product = ceilings()
     print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, CUDA {torch.version.cuda}"
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, "
+        f"CUDA {torch.version.cuda}"
     )
     print(f"measured ceilings: copy {copy:.0f} GB/s, bfloat16 matrix product {product:.0f} TFLOP/s")
     print(f"{'operation':18}{'shape':16}{'implementation':26}{'error':>8}{'min ms':>9}{'ms':>9}"

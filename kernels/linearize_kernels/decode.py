@@ -3,9 +3,10 @@
 B batch, H query heads, G kv heads, D head dim, V value dim, d map dim, F Taylor features, n sinks, w window,
 R = w + 63 ring slots, N splits of the value columns
 
-The same function as `attention_quadratic` at T = 1 with a `State`, kept differently. Tokens lie in a ring where they
-came, and are folded into the sum 64 at a time, so that the sum is read every token and written once in 64 tokens.
-Until then they count by T(x) itself. Counters live on the device; nothing is allocated but the output.
+The same function as `attention_quadratic` at T = 1 with a `State`, kept differently. Tokens lie in a ring
+where they came, and are folded into the sum 64 at a time, so that the sum is read every token and written
+once in 64 tokens. Until then they count by T(x) itself. Counters live on the device; nothing is allocated but
+the output.
 """
 
 import functools
@@ -55,8 +56,8 @@ class DecodeState:
         map_dim = state.ring_far.shape[-1]
         if ring != window - 1 or window < 2 or far_heads != groups:
             raise ValueError(
-                f"a state with {ring} ring slots and {far_heads} far heads; one-launch decoding needs window - 1 = "
-                f"{window - 1} slots, at least 1, and one far head for each of the {groups} kv heads"
+                f"a state with {ring} ring slots and {far_heads} far heads; one-launch decoding needs "
+                f"window - 1 = {window - 1} slots, at least 1, and one far head for each of the {groups} kv heads"
             )
         splits = splits or choose_splits(batch * groups, value_dim)
         slots = window + FOLD - 1
@@ -120,8 +121,9 @@ def decode(q, k, v, q_far, k_far, gate, state: DecodeState, *, scaling, log_deca
     """Hybrid attention of one new token a row, after what `state` holds; `state` is changed in place.
 
     q [B, H, 1, D], k [B, G, 1, D], v [B, G, 1, V] of one dtype (float32 or bfloat16), q_far [B, H, 1, d],
-    k_far [B, G, 1, d], gate [B, H, 1], log_decay [G] float32: as in `attention_quadratic`. No token is padding.
-    out: where the result [B, H, 1, V] goes, or None for a new tensor. Returns it. Not differentiable.
+    k_far [B, G, 1, d], gate [B, H, 1], log_decay [G] float32: as in `attention_quadratic`. No token is
+    padding. out: where the result [B, H, 1, V] goes, or None for a new tensor. Returns it. Not
+    differentiable.
     """
     batch, heads, _, head_dim = q.shape
     groups, value_dim, map_dim = k.shape[1], v.shape[-1], q_far.shape[-1]
@@ -130,6 +132,7 @@ def decode(q, k, v, q_far, k_far, gate, state: DecodeState, *, scaling, log_deca
     q, k, v, q_far, k_far = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, q_far, k_far))
     if out is None:
         out = q.new_empty(batch, heads, 1, value_dim)
+    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
     splits, sinks = state.position.shape[2], state.sink_k.shape[2]
     kernels.decode_kernel[(splits, batch * groups)](
         q, k, v, q_far, k_far, gate, gate if log_decay is None else log_decay, out,
@@ -138,9 +141,10 @@ def decode(q, k, v, q_far, k_far, gate, state: DecodeState, *, scaling, log_deca
         *[s for x in (q, k, v, q_far, k_far, gate, out) for s in x.stride()[:2]],
         state.window, state.ring_k.shape[2], sinks, heads // groups, heads, state.total.shape[2],
         scaling * math.log2(math.e),
-        D=head_dim, V=value_dim, DIM=map_dim, DP=_pad(head_dim), FP=_pad(map_dim), VB=_pad(-(-value_dim // splits)),
+        D=head_dim, V=value_dim, DIM=map_dim, DP=_pad(head_dim), FP=_pad(map_dim),
+        VB=_pad(-(-value_dim // splits)),
         SINKS=_pad(sinks + 1), HP=16, DECAY=log_decay is not None,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **LAUNCH,
+        PRECISION=precision, SUM_PRECISION=precision, **LAUNCH,
     )  # fmt: skip
     return out
 
@@ -164,7 +168,7 @@ def why_not(q, k, v, q_far, k_far) -> str:
 
 @functools.cache
 def feature_pairs(map_dim: int, device) -> torch.Tensor:
-    """[2, F] int32: the two entries of x whose product is each feature, in `Taylor.expand`'s order; d stands for 1."""
+    """[2, F] int32: the two entries of x whose product is a feature, as `Taylor.expand` orders; d means 1."""
     i, j = torch.triu_indices(map_dim, map_dim)
     one, x = torch.tensor([map_dim]), torch.arange(map_dim)
     left, right = torch.cat([one, x, i]), torch.cat([one, one.expand(map_dim), j])

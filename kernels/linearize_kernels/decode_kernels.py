@@ -1,10 +1,11 @@
 """The Triton program of `decode`: everything a layer does for one token, in one launch.
 
-B batch, H query heads, G kv heads, D head dim, V value dim, d map dim, F Taylor features, R ring slots, n sinks;
-VB value columns of one program, HP query heads of a group, padded to 16.
+B batch, H query heads, G kv heads, D head dim, V value dim, d map dim, F Taylor features, R ring slots, n
+sinks; VB value columns of one program, HP query heads of a group, padded to 16.
 
-A program owns VB columns of one kv head's state, and its own copy of the normaliser and of the token counter, so
-that no program waits for another. Scores are recomputed by each of them: keys are few and stay in the L2 cache.
+A program owns VB columns of one kv head's state, and its own copy of the normaliser and of the token counter,
+so that no program waits for another. Scores are recomputed by each of them: keys are few and stay in the L2
+cache.
 """
 
 import triton
@@ -15,7 +16,8 @@ FOLD = tl.constexpr(64)  # tokens folded at once
 
 @triton.jit
 def taylor_features(x, stride, pairs, rows, is_row, feature, num_features, DIM: tl.constexpr):
-    """Taylor features of rows of x [., DIM], float32, zero outside. rows, is_row and feature are shaped to broadcast.
+    """Taylor features of rows of x [., DIM], float32, zero outside. rows, is_row and feature are shaped to
+    broadcast.
 
     pairs [2, F]: which two entries make a feature; entry DIM stands for 1. A square carries sqrt(1/2).
     """
@@ -49,9 +51,9 @@ def decode_kernel(
     window, ring, sinks, group, heads, num_features, scale,
     D: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr,
     VB: tl.constexpr, RB: tl.constexpr, FB: tl.constexpr, SINKS: tl.constexpr, HP: tl.constexpr,
-    DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, PRECISION: tl.constexpr, SUM_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One kv head's VB value columns for one new token: out [group, VB], and the state moves on by a token."""
+    """VB value columns of one kv head: out [group, VB] of a new token, and the state moves on by it."""
     split, num_splits = tl.program_id(0), tl.num_programs(0)
     groups = heads // group
     b, g = (tl.program_id(1) // groups).to(tl.int64), (tl.program_id(1) % groups).to(tl.int64)
@@ -89,7 +91,7 @@ def decode_kernel(
             mask=exists[:, None] & is_column[None, :],
             other=0.0,
         )
-        far_acc = tl.dot(x, sums.to(tl.float32), far_acc, input_precision="tf32x3")
+        far_acc = tl.dot(x, sums.to(tl.float32), far_acc, input_precision=SUM_PRECISION)
         far_total += tl.sum(x * tl.load(norm + feature, mask=exists, other=0.0)[None, :], 1)
     count = tl.load(norm)  # the constant feature's sum: above 0 where anything was folded
     if DECAY:
@@ -148,7 +150,7 @@ def decode_kernel(
         shift, exact_total, exact_acc = _exact(
             old_scores, old_values, shift, exact_total, exact_acc, PRECISION
         )
-        x = tl.dot(x_q.to(tl.float32), tl.trans(x_k.to(tl.float32)), input_precision="tf32x3")
+        x = tl.dot(x_q.to(tl.float32), tl.trans(x_k.to(tl.float32)), input_precision=SUM_PRECISION)
         far = 1.0 + x + 0.5 * x * x
         is_old = held & (age >= window)
         sees_far += tl.sum(is_old.to(tl.int32), 0)
@@ -156,7 +158,7 @@ def decode_kernel(
             far *= tl.exp2(rate * age)[None, :]
         far = tl.where(is_old[None, :], far, 0.0)
         far_total += tl.sum(far, 1)
-        far_acc = tl.dot(far, old_values.to(tl.float32), far_acc, input_precision="tf32x3")
+        far_acc = tl.dot(far, old_values.to(tl.float32), far_acc, input_precision=SUM_PRECISION)
 
     far_gate = tl.load(gate + b * g_b + h * g_h, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
     far_gate = tl.where(sees_far > 0, far_gate, float("-inf"))

@@ -3,9 +3,9 @@
 B batch, T new tokens, H query heads, G kv heads, M heads of the far term (G or H), D head dim, V value dim,
 d map dim
 
-The choice is made a call (`implementation=`) or by the environment variable LINEARIZE_KERNELS, which stands in
-where a call says "auto". A forced implementation runs or raises; "auto" takes Triton where `can_run` agrees.
-Triton is imported by the first call that could use it, so machines without it lose nothing.
+The choice is made a call (`implementation=`) or by the environment variable LINEARIZE_KERNELS, which stands
+in where a call says "auto". A forced implementation runs or raises; "auto" takes Triton where `can_run`
+agrees. Triton is imported by the first call that could use it, so machines without it lose nothing.
 """
 
 import importlib.util
@@ -33,7 +33,8 @@ class Verdict(NamedTuple):
 def attention(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_map="taylor", valid=None,
               segments=None, log_decay=None, softcap=None, sink_logits=None, state=None, return_state=False,
               implementation="auto"):  # fmt: skip
-    """Hybrid attention by the fastest implementation that can run: arguments, result as `attention_quadratic`.
+    """Hybrid attention by the fastest implementation that can run: arguments, result as
+    `attention_quadratic`.
 
     implementation: "auto", "reference" or "triton". Raises ValueError for another name, and RuntimeError with
     the reason where "triton" is forced and cannot run.

@@ -19,13 +19,15 @@ KEY_UNSPECIALISED = [name for name in UNSPECIALISED if name != "num_tiles"]
 def query_gradient_kernel(
     q, k, v, q_far, k_far, gate, log_decay, out, rest, grad, lse, delta, weight, dq, dq_far, dgate, ddecay,
     segments, codes, has_far, first, tiles, before,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, qf_b, qf_h, qf_t, kf_b, kf_h, kf_t, g_b, g_h, g_t, o_b, o_h, o_t,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    qf_b, qf_h, qf_t, kf_b, kf_h, kf_t, g_b, g_h, g_t, o_b, o_h, o_t,
     do_b, do_h, do_t, dq_b, dq_h, dq_t, dqf_b, dqf_h, dqf_t,
     length, num_tiles, window, sinks, heads, group, far_group, scale, scaling,
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, FP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr, REST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BM queries of one head: gradients of q, q_far, gate, its part of log_decay's, and delta = grad·out."""
+    """One tile of BM queries of one head: gradients of q, q_far, gate, a part of log_decay's; delta = grad·out."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     q, q_far = q + b * q_b + h * q_h, q_far + b * qf_b + h * qf_h
@@ -133,8 +135,9 @@ def query_gradient_kernel(
 
     store_tile(dq + b * dq_b + h * dq_h, dq_t, start, length, acc_q * scaling, BM, D, DP)
     store_tile(dq_far + b * dqf_b + h * dqf_h, dqf_t, start, length, acc_far * far_weight[:, None], BM, F, FP)
-    # Sums of a row's slopes are small differences. `out`, a sum of rounded weights, gives delta too coarsely for them;
-    # the slopes' own sum says by how much, as the true ones add up to nothing. (The weights add up to 1.)
+    # Sums of a row's slopes are small differences. `out`, a sum of rounded weights, gives delta too coarsely
+    # for them; the slopes' own sum says by how much, as the true ones add up to nothing. (The weights add up
+    # to 1.)
     missed = far_weight * acc_gate + acc_exact
     tl.store(delta + scalars, x_delta + missed, mask=rows < length)
     tl.store(dgate + scalars, far_weight * acc_gate - missed * (1.0 - acc_weight), mask=rows < length)

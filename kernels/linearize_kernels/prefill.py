@@ -3,10 +3,10 @@
 B batch, T new tokens, H query heads, G kv heads (and far heads), D head dim, V value dim, d map dim, F Taylor
 features, n sinks, P ring slots, C chunk, N chunks; L = n + P + T slots of the line
 
-Two levels, so that one long row fills the GPU: every chunk's keys are summed into features(k_far) ⊗ [v | 1] at
-once, then a scan over chunks makes each sum one over all older chunks. The forward kernel of training does the rest,
-all queries at once: it starts from the sum before the last whole chunk, and takes the keys since then one by one.
-The past stands before the new tokens on one line: sinks, ring, new tokens.
+Two levels, so that one long row fills the GPU: every chunk's keys are summed into features(k_far) ⊗ [v | 1]
+at once, then a scan over chunks makes each sum one over all older chunks. The forward kernel of training does
+the rest, all queries at once: it starts from the sum before the last whole chunk, and takes the keys since
+then one by one. The past stands before the new tokens on one line: sinks, ring, new tokens.
 """
 
 import torch
@@ -16,20 +16,22 @@ from torch.nn.functional import pad
 from . import prefill_kernels as kernels
 from .decode import feature_pairs
 from .state import State
-from .training import CONFIGS, Plan, launch_forward
+from .training import Plan, Tiles, launch_forward
 from .training import why_not as why_training_cannot
 
-CHUNK = 256
-BLOCK = dict(FB=32, VB=64, BN=64)  # features, value columns and slots of one program at once
+CHUNK = 512
+BLOCK = dict(FB=32, VB=128, BN=32)  # features, value columns and slots of one program at once
+TILES = {torch.float32: Tiles(32, 32, 4, 1), torch.bfloat16: Tiles(128, 64, 8, 3)}
 
 
 def attention_prefill(
     q, k, v, q_far, k_far, gate, *, scaling, window, sinks, valid=None, log_decay=None, state=None
 ):
-    """Hybrid attention with the Taylor map: arguments as `attention_chunked`. Returns (out [B, H, T, V], State).
+    """Hybrid attention with the Taylor map: arguments as `attention_chunked`. Returns (out [B, H, T, V],
+    State).
 
-    q, k, v of one dtype, float32 or bfloat16; k_far with as many heads as k; state: None or of any ring that holds
-    the window. Matrix products over keys run in q's dtype, sums in float32.
+    q, k, v of one dtype, float32 or bfloat16; k_far with as many heads as k; state: None or of any ring that
+    holds the window. Matrix products over keys run in q's dtype, sums in float32.
     """
     if state is None:
         num_features = feature_pairs(k_far.shape[-1], k.device).shape[1]
@@ -50,7 +52,7 @@ def attention_prefill(
     out, _, _ = launch_forward(
         pad(q, [0, 0, offset, 0]), line_k, line_v, pad(q_far.to(q.dtype), [0, 0, offset, 0]), mapped,
         pad(gate, [offset, 0]), log_decay, plan, scaling=scaling, window=window, sinks=sinks,
-        tiles=CONFIGS[q.dtype, 128].forward, chunk=CHUNK, sums=sums, norms=norms, offset=offset,
+        tiles=TILES[q.dtype], chunk=CHUNK, sums=sums, norms=norms, offset=offset,
     )  # fmt: skip
     sink_k, sink_v = (
         _fill_sinks(old, new, state.length, valid, sinks)
@@ -99,8 +101,8 @@ def make_plan(state: State, valid, window: int) -> Plan:
 def sum_chunks(k_far, v, plan: Plan, state: State, log_decay, *, end: int, offset: int):
     """Sums over all ordinary keys before each chunk, and over all slots before `end` (what leaves the ring).
 
-    k_far [B, G, L, d], v [B, G, L, V] -> sums [B, G, N, F, V], norms [B, G, N, F], total [B, G, F, V + 1] as seen
-    from the next token; all float32.
+    k_far [B, G, L, d], v [B, G, L, V] -> sums [B, G, N, F, V], norms [B, G, N, F], total [B, G, F, V + 1] as
+    seen from the next token; all float32.
     """
     batch, groups, length, value_dim = v.shape
     pairs = feature_pairs(k_far.shape[-1], v.device)
@@ -128,7 +130,7 @@ def sum_chunks(k_far, v, plan: Plan, state: State, log_decay, *, end: int, offse
 
 
 def _fill_sinks(old, new, length, valid, sinks: int):
-    """The first tokens of a short text become sinks. old [B, G, n, size], new [B, G, T, size] -> [B, G, n, size]."""
+    """A short text's first tokens become sinks. old [B, G, n, size], new [B, G, T, size] -> [B, G, n, size]."""
     rank = length[:, None] + valid.long().cumsum(1) - 1
     chosen = (rank[:, None] == torch.arange(sinks, device=old.device)[:, None]) & valid[:, None]  # [B, n, T]
     index = chosen.int().argmax(-1)[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])

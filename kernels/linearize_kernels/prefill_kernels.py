@@ -1,7 +1,8 @@
-"""The Triton programs of `prefill` that sum keys into states; outputs come from training_kernels.forward_kernel.
+"""The Triton programs of `prefill` that sum keys into states; outputs come from
+training_kernels.forward_kernel.
 
-B batch, G kv heads, N chunks of C slots, D head dim, V value dim, d map dim, F Taylor features; FB features and VB
-value columns of one program
+B batch, G kv heads, N chunks of C slots, D head dim, V value dim, d map dim, F Taylor features; FB features
+and VB value columns of one program
 """
 
 import triton
@@ -14,10 +15,11 @@ from .decode_kernels import taylor_features
 def chunk_sums_kernel(
     k_far, v, log_decay, codes, pairs, sums, norms,
     kf_b, kf_h, kf_t, v_b, v_h, v_t, length, end, num_features, groups,
-    V: tl.constexpr, DIM: tl.constexpr, FB: tl.constexpr, VB: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
-    DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    V: tl.constexpr, DIM: tl.constexpr, FB: tl.constexpr, VB: tl.constexpr, BN: tl.constexpr,
+    CHUNK: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """FB features of one chunk: the sum of features(k_far) ⊗ v over its slots before `end`, and of features alone.
+    """FB features of one chunk: the sum of features(k_far) ⊗ v over its slots before `end`, and of features
+    alone.
 
     Only ordinary tokens count (code 0: neither padding nor sink), decayed as seen from the chunk's end.
     """
@@ -57,8 +59,8 @@ def scan_kernel(sums, first, last, log_decay, num_chunks, size, groups, offset, 
                 BLOCK: tl.constexpr, DECAY: tl.constexpr):  # fmt: skip
     """Replaces each chunk's sum by the sum of all before it, `first` included; the sum of all goes to `last`.
 
-    sums [B * G, N, size], first and last [B * G, size]. Sums before chunk c are as seen from slot max(c · C, offset),
-    `last` as seen from slot `length`.
+    sums [B * G, N, size], first and last [B * G, size]. Sums before chunk c are as seen from slot max(c · C,
+    offset), `last` as seen from slot `length`.
     """
     bg = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

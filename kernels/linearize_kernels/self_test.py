@@ -1,7 +1,7 @@
 """The kernels against the float64 reference on this machine's GPU, before they are trusted there.
 
-Some releases of Triton (3.4 to 3.7.0 on Hopper) compile correct programs wrongly, so that every new combination of
-shapes is compared once a process.
+Some releases of Triton (3.4 to 3.7.0 on Hopper) compile correct programs wrongly, so that every new
+combination of shapes is compared once a process.
 """
 
 import functools
@@ -13,8 +13,8 @@ from .reference import attention_quadratic
 
 
 @functools.cache
-def self_test(device, dtype, *, prefill: bool, heads: int, groups: int, far_heads: int, head_dim: int, value_dim: int,
-              map_dim: int, decay=False, masked=False, backward=True):  # fmt: skip
+def self_test(device, dtype, *, prefill: bool, heads: int, groups: int, far_heads: int, head_dim: int,
+              value_dim: int, map_dim: int, decay=False, masked=False, backward=True):  # fmt: skip
     """Largest relative RMS error of output, gradients (training) and sum (prefill): (error, allowed error).
 
     Random inputs of 600 tokens, window 64, 4 sinks. NaN counts as infinite.

@@ -1,12 +1,13 @@
-"""Training attention in Triton: `attention_quadratic`'s function, forward and backward, without a [T, T] tensor.
+"""Training attention in Triton: `attention_quadratic`'s function, forward and backward, without a [T, T]
+tensor.
 
-B batch, T time, H query heads, G kv heads, M heads of the far term (G or H), D head dim, V value dim, d map dim,
-NT key tiles
+B batch, T time, H query heads, G kv heads, M heads of the far term (G or H), D head dim, V value dim, d map
+dim, NT key tiles
 
 Quadratic like flash attention, at less work a pair: older than the window a pair costs one product over d, a
-polynomial and one product over V, no exp. Matrix products run in q's dtype and add up in float32; gate, scores and
-denominators are float32. Kept for the backward: the output, what its rounding to bfloat16 lost, and one number a
-query (the log of its denominator).
+polynomial and one product over V, no exp. Matrix products run in q's dtype and add up in float32; gate,
+scores and denominators are float32. Kept for the backward: the output, what its rounding to bfloat16 lost,
+and one number a query (the log of its denominator).
 """
 
 import math
@@ -17,7 +18,7 @@ import triton
 
 from . import gradient_kernels
 from . import training_kernels as kernels
-from .decode import feature_pairs
+from .feature_maps import Taylor
 
 MAX_LENGTH = 32768  # longer rows are cheaper in O(T)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -50,10 +51,11 @@ CONFIGS = {
 
 def attention_training(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, valid=None, segments=None,
                        log_decay=None, config=None):  # fmt: skip
-    """Hybrid attention with the Taylor map: arguments as `attention_quadratic`. Returns out [B, H, T, V] of q's dtype.
+    """Hybrid attention with the Taylor map: arguments as `attention_quadratic`. Returns out [B, H, T, V] of
+    q's dtype.
 
-    q, k, v of one dtype, float32 or bfloat16; the others of any. Differentiable once in q, k, v, q_far, k_far, gate
-    and log_decay. valid and segments as in the reference, the slots of a segment side by side.
+    q, k, v of one dtype, float32 or bfloat16; the others of any. Differentiable once in q, k, v, q_far,
+    k_far, gate and log_decay. valid and segments as in the reference, the slots of a segment side by side.
     config: one of CONFIGS' values, for measurements.
     """
     if config is None:
@@ -145,7 +147,7 @@ def _row_major(x):
 
 
 def _like(x, shape, dtype=None):
-    """An empty [B, heads, T, size] tensor that lies in memory as [B, T, heads, size]: no copy when heads are joined."""
+    """An empty [B, heads, T, size] tensor, in memory [B, T, heads, size]: joining the heads copies nothing."""
     batch, heads, length, size = shape
     return x.new_empty(batch, length, heads, size, dtype=dtype or x.dtype).transpose(1, 2)
 
@@ -174,8 +176,8 @@ def _options(tiles: Tiles):
     return dict(BM=tiles.queries, BN=tiles.keys, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
 
 
-def launch_forward(q, k, v, q_far, k_far, gate, log_decay, plan, *, scaling, window, sinks, tiles, keep_rest=False,
-                   chunk=0, sums=None, norms=None, offset=0):  # fmt: skip
+def launch_forward(q, k, v, q_far, k_far, gate, log_decay, plan, *, scaling, window, sinks, tiles,
+                   keep_rest=False, chunk=0, sums=None, norms=None, offset=0):  # fmt: skip
     """Runs the forward kernel. chunk, sums [B, G, N, F, V], norms [B, G, N, F], offset: see the kernel.
 
     Returns out [B, H, T, V], what its rounding lost (out itself where not kept), log denominators [B, H, T].
@@ -186,15 +188,15 @@ def launch_forward(q, k, v, q_far, k_far, gate, log_decay, plan, *, scaling, win
     out = _like(q, (batch, heads, length, v.shape[-1]))
     rest = torch.empty_like(out) if keep_rest else out
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
-    pairs = feature_pairs(q_far.shape[-1], q.device)
     kernels.forward_kernel[(triton.cdiv(length, tiles.queries), batch * heads)](
         q, k, v, q_far, k_far, gate, decay, out, rest, lse, *plan[1:5], listed, before,
-        lse if sums is None else sums, lse if norms is None else norms, pairs,
+        lse if sums is None else sums, lse if norms is None else norms,
         *_strides(q, k, v, q_far, k_far, gate, out),
         length, triton.cdiv(length, tiles.keys), window, sinks, *_heads(q, k, k_far),
-        0 if sums is None else sums.shape[2], pairs.shape[1], offset, scaling * math.log2(math.e),
+        0 if sums is None else sums.shape[2], offset, scaling * math.log2(math.e),
         **_constants(q, v, q_far, plan, log_decay), REST=keep_rest, **_options(tiles),
-        CHUNK=chunk, FB=32, SUM_PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+        CHUNK=chunk, NUM_FEATURES=Taylor.num_features(q_far.shape[-1]),
+        SUM_PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     return out, rest, lse
 
@@ -231,7 +233,8 @@ class _Attention(torch.autograd.Function):
         tiles, before = _list_tiles(plan, config.query_gradient.keys)
         grid = (triton.cdiv(length, config.query_gradient.queries), q.shape[0] * q.shape[1])
         gradient_kernels.query_gradient_kernel[grid](
-            q, k, v, q_far, k_far, gate, decay, out, rest, grad, lse, delta, weight, dq, dq_far, dgate, ddecay,
+            q, k, v, q_far, k_far, gate, decay, out, rest, grad, lse, delta, weight,
+            dq, dq_far, dgate, ddecay,
             *plan[1:5], tiles, before,
             *_strides(q, k, v, q_far, k_far, gate, out, grad, dq, dq_far),
             length, triton.cdiv(length, config.query_gradient.keys), window, sinks, *heads, scale, scaling,
@@ -245,8 +248,10 @@ class _Attention(torch.autograd.Function):
             length, window, sinks, *heads, scale, scaling,
             **constants, **_options(config.key_gradient),
         )  # fmt: skip
-        if log_decay is not None:
+        if log_decay is None:
+            ddecay = None
+        else:
             per_head = ddecay.sum((0, 2))  # [H]
             ddecay = per_head.unflatten(0, (k_far.shape[1], -1)).sum(1).to(log_decay.dtype)
-        return (dq, dk, dv, dq_far, dk_far.to(far_dtypes[1]), dgate.to(gate.dtype), None if log_decay is None else ddecay,
-                *[None] * 6)  # fmt: skip
+        gradients = dq, dk, dv, dq_far, dk_far.to(far_dtypes[1]), dgate.to(gate.dtype), ddecay
+        return *gradients, *[None] * 6

@@ -1,21 +1,20 @@
 """The forward Triton program of `training` and `prefill`, and what the gradient programs share with it.
 
 B batch, T time, H query heads, G kv heads, M heads of the far term, D head dim, V value dim, d map dim;
-BM queries and BN keys a tile. Weights are taken in base 2 (`exp2`), so scores and gates carry a factor log2(e).
+BM queries and BN keys a tile. Weights are taken in base 2 (`exp2`), so scores and gates carry a factor
+log2(e).
 
-Every program walks tiles of two sorts: far tiles, all of whose pairs are older than the window and hold no sink,
-need T(x) only; mixed tiles compute both scores. Where rows have padding or segments (PLAIN is False), `plan` in
-training.py lists the tiles that hold a sink. All sums run in a fixed order: no atomics.
+Every program walks tiles of two sorts: far tiles, all of whose pairs are older than the window and hold no
+sink, need T(x) only; mixed tiles compute both scores. Where rows have padding or segments (PLAIN is False),
+`plan` in training.py lists the tiles that hold a sink. All sums run in a fixed order: no atomics.
 """
 
 import triton
 import triton.language as tl
 
-from .decode_kernels import taylor_features
-
 # Shapes that change from call to call must not compile anew.
 UNSPECIALISED = ["length", "num_tiles", "window", "sinks", "heads", "group", "far_group"]
-FORWARD_UNSPECIALISED = [*UNSPECIALISED, "num_chunks", "num_features", "offset"]
+FORWARD_UNSPECIALISED = [*UNSPECIALISED, "num_chunks", "offset"]
 
 
 @triton.jit
@@ -66,7 +65,7 @@ def sees_far(queries, length, window, sinks, has_far, PLAIN: tl.constexpr):
 @triton.jit
 def tile_ranges(start, length, window, sinks, first, before, num_tiles,
                  BM: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr):  # fmt: skip
-    """For queries from `start`: the oldest tile, the first with window keys, the end; sink tiles before the two."""
+    """Of queries from `start`: the oldest tile, the first with window keys, the end; sink tiles before both."""
     end = tl.cdiv(tl.minimum(start + BM, length), BN)
     far_end = tl.maximum(start - window + 1, 0) // BN
     if PLAIN:
@@ -81,20 +80,56 @@ def tile_ranges(start, length, window, sinks, first, before, num_tiles,
     return low, far_end, end, sinks_low, sinks_end, sink_tiles
 
 
+@triton.jit
+def _older(
+    sums, norms, q_far, stride, x_q, acc, total, rows, length,
+    V: tl.constexpr, F: tl.constexpr, VP: tl.constexpr, FP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds features(q_far) · [sums | norms] to acc [BM, VP] and total [BM]; sums [NUM_FEATURES, V] in
+    Taylor.expand's order: 1, the entries, then for each i the products with entries j >= i.
+
+    Products are made a row of the triangle at a time, out of the tile x_q: gathering them from memory was
+    slower.
+    """
+    column, entry = tl.arange(0, VP), tl.arange(0, FP)
+    is_column = (column < V)[None, :]
+    acc += tl.load(sums + column, mask=column < V, other=0.0)[None, :]
+    total += tl.load(norms)
+    mapped = x_q.to(tl.float32)
+    older = tl.load(
+        sums + (1 + entry)[:, None] * V + column[None, :], mask=(entry < F)[:, None] & is_column, other=0.0
+    )
+    acc = tl.dot(mapped, older, acc, input_precision=PRECISION)
+    total += tl.sum(mapped * tl.load(norms + 1 + entry, mask=entry < F, other=0.0)[None, :], 1)
+    for i in range(F):
+        x_i = tl.load(q_far + rows.to(tl.int64) * stride + i, mask=rows < length, other=0.0).to(tl.float32)
+        weight = tl.where(entry == i, 0.7071067811865476, 1.0)
+        products = mapped * (x_i[:, None] * weight[None, :])
+        at = 1 + F + i * F - i * (i - 1) // 2 + entry - i
+        exists = (entry >= i) & (entry < F)
+        older = tl.load(sums + at[:, None] * V + column[None, :], mask=exists[:, None] & is_column, other=0.0)
+        acc = tl.dot(products, older, acc, input_precision=PRECISION)
+        total += tl.sum(products * tl.load(norms + at, mask=exists, other=0.0)[None, :], 1)
+    return acc, total
+
+
 @triton.jit(do_not_specialize=FORWARD_UNSPECIALISED)
 def forward_kernel(
     q, k, v, q_far, k_far, gate, log_decay, out, rest, lse, segments, codes, has_far, first, tiles, before,
-    sums, norms, pairs,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, qf_b, qf_h, qf_t, kf_b, kf_h, kf_t, g_b, g_h, g_t, o_b, o_h, o_t,
-    length, num_tiles, window, sinks, heads, group, far_group, num_chunks, num_features, offset, scale,
+    sums, norms,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    qf_b, qf_h, qf_t, kf_b, kf_h, kf_t, g_b, g_h, g_t, o_b, o_h, o_t,
+    length, num_tiles, window, sinks, heads, group, far_group, num_chunks, offset, scale,
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, FP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
-    CHUNK: tl.constexpr, FB: tl.constexpr, SUM_PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr, REST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, NUM_FEATURES: tl.constexpr, SUM_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM queries of one head: out [BM, V] and the base-2 log of each denominator.
 
-    With CHUNK above 0 (see prefill.py) far keys before the last whole chunk come out of sums [B * G, N, F, V] and
-    norms [B * G, N, F]: sums over all ordinary keys before chunk c, as seen from slot max(c · CHUNK, offset).
+    With CHUNK above 0 (see prefill.py) far keys before the last whole chunk come out of sums [B * G, N, F, V]
+    and norms [B * G, N, F]: sums over all ordinary keys before chunk c, as seen from slot max(c · CHUNK,
+    offset).
     """
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # the longest first
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
@@ -131,27 +166,17 @@ def forward_kernel(
         seen_from = chunk * CHUNK
         low, sinks_low = seen_from // BN, 0
         place = (b * (heads // far_group) + h // far_group) * num_chunks + chunk
-        column = tl.arange(0, VP)
-        for start_feature in range(0, num_features, FB):
-            feature = start_feature + tl.arange(0, FB)
-            exists = feature < num_features
-            mapped = taylor_features(
-                q_far, qf_t, pairs, queries, queries < length, feature[None, :], num_features, F
-            )
-            at = place * num_features + feature
-            older = tl.load(
-                sums + at[:, None] * V + column[None, :],
-                mask=exists[:, None] & (column < V)[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(mapped, older, acc, input_precision=SUM_PRECISION)
-            total += tl.sum(mapped * tl.load(norms + at, mask=exists, other=0.0)[None, :], 1)
+        acc, total = _older(
+            sums + place * NUM_FEATURES * V, norms + place * NUM_FEATURES, q_far, qf_t, x_q, acc, total,
+            rows, length, V, F, VP, FP, SUM_PRECISION,
+        )  # fmt: skip
         if DECAY:
             fade = tl.exp2(rate * (rows - tl.maximum(seen_from, offset)))
             acc *= fade[:, None]
             total *= fade
 
-    # Far tiles first: until a mixed tile comes the shift is the gate itself, so that T(x) is the weight as it stands.
+    # Far tiles first: until a mixed tile comes the shift is the gate itself, so that T(x) is the weight as it
+    # stands.
     far_low = low - sinks_low
     if CHUNK > 0:
         far_low = low - tl.load(before + low)
