@@ -141,7 +141,7 @@ def _add_generate(verbs) -> None:
 
 def _add_eval(verbs) -> None:
     parser = _verb(verbs, "eval", _eval, "run lm-eval tasks on a converted model", _EVAL_EPILOG)
-    parser.add_argument("folder", metavar="DIR", help="a converted model")
+    parser.add_argument("folder", metavar="DIR", help="a converted model, or any other to compare with")
     what = parser.add_argument_group("what to run")
     what.add_argument("--tasks", required=True, type=_names, metavar="A,B", help="lm-eval tasks or groups")
     what.add_argument("--include-path", metavar="DIR", help="folder of your own tasks")

@@ -1,6 +1,7 @@
 """Loads teachers (hub id, folder, GGUF file, file in an installed package) and exported folders."""
 
 import json
+import struct
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from safetensors import SafetensorError
 from .errors import LinearizeError, ModelError
 from .sources import find_package_files
 
+# What transformers, safetensors and the GGUF reader raise on files that are missing, damaged or not for them.
+LOADING_ERRORS = (OSError, ValueError, KeyError, IndexError, RuntimeError, ImportError, SafetensorError, struct.error)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -33,9 +36,20 @@ def load(folder, *, dtype: str = "auto", device: str = "auto"):
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(dtype, target))
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"{folder} does not load: {error}") from error
     return model.to(target).eval(), tokenizer
+
+
+def load_any(source, *, dtype: str = "auto", device: str = "auto"):
+    """(model, tokenizer) of an exported folder, or of whatever else a recipe's model.id may name, to compare with."""
+    from .modeling_linearized import LINEARIZED
+    from .recipe import ModelSettings
+
+    folder = Path(source)
+    if (folder / "config.json").is_file() and read_config(folder).get("model_type") == LINEARIZED:
+        return load(folder, dtype=dtype, device=device)
+    return load_teacher(ModelSettings(id=str(source), dtype=dtype), device=pick_device(device))
 
 
 def load_teacher(settings, *, device: torch.device):
@@ -46,12 +60,17 @@ def load_teacher(settings, *, device: torch.device):
     options = source.options(settings.revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            source.name, dtype=pick_dtype(settings.dtype, device, gguf=source.gguf is not None),
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.name, output_loading_info=True, dtype=pick_dtype(settings.dtype, device, gguf=source.gguf is not None),
             **options, **source.dequantised(),
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"model.id = {settings.id!r} does not load: {error}") from error
+    if info["missing_keys"]:
+        raise ModelError(
+            f"model.id = {settings.id!r} lacks {len(info['missing_keys'])} weights of a {type(model).__name__}, for "
+            f"example {sorted(info['missing_keys'])[0]}. Download or save it again."
+        )
     if getattr(model, "hf_quantizer", None) is not None:
         if source.gguf is None:
             raise ModelError(f"{settings.id} is quantised; convert the unquantised model")
@@ -66,7 +85,7 @@ def load_teacher_config(settings):
     source = locate(settings.id)
     try:
         return AutoConfig.from_pretrained(source.name, **source.options(settings.revision))
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"model.id = {settings.id!r}: no config: {error}") from error
 
 

@@ -3,9 +3,11 @@
 Also the tiny model, text and recipe that the tests of the stages and of the export start from.
 """
 
+import copy
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,9 +20,17 @@ import torch
 from linearize import cli, convert, errors, plan, shipped
 from linearize.modeling_linearized import linear_attentions
 from linearize.recipe import load_recipe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval")])
@@ -209,3 +219,207 @@ def test_processes_give_the_losses_of_one(tmp_path, model, text, uninterrupted, 
     for name in weights:
         torch.testing.assert_close(weights[name], again[name], rtol=1e-3, atol=1e-4)
     assert not (several / "out.work").exists()
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+
+def assert_refused(capsys, recipe, kind, *words, options=()):
+    """Python raises the error; the command prints it without a traceback, exits with 2 and leaves nothing."""
+    folder = recipe.parent
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(kind) as caught:
+        convert.convert(load_recipe(recipe, options))
+    assert type(caught.value) is kind
+    assert cli.main(["convert", str(recipe), *[word for o in options for word in ("--set", o)]]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and "error: " in error
+    for word in words:
+        assert word in str(caught.value) and word in error, str(caught.value)
+    assert sorted(path.name for path in folder.iterdir()) == before, "something half-written was left"
+
+
+def test_models_that_are_not_there(tmp_path, model, text, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.gguf").write_text("not a model")
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    recipe = save_recipe(tmp_path, model, text)
+    for name, words in {
+        "/nowhere/model": ["no such folder"],
+        str(tmp_path / "empty"): ["no config.json"],
+        "owner/model-that-is-not-here": ["owner/model-that-is-not-here", "does not load"],
+        str(tmp_path / "text.gguf"): ["is not a GGUF file"],
+        str(tmp_path / "cut.gguf"): ["does not load"],
+        str(tmp_path / "missing.gguf"): ["no such file"],
+        "package:package_that_is_not_here/model.gguf": ["package_that_is_not_here is not installed"],
+        "package:numpy/nothing.gguf": ["nothing.gguf"],
+    }.items():
+        assert_refused(capsys, recipe, errors.ModelError, *words, options=[f"model.id={name}"])
+
+
+def test_models_that_are_damaged(tmp_path, model, text, capsys):
+    for name in ("weights", "missing", "tokenizer"):
+        shutil.copytree(model, tmp_path / name)
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"12345678 not weights")
+    weights = load_file(tmp_path / "missing" / "model.safetensors")
+    weights.pop("model.layers.1.self_attn.q_proj.weight")
+    save_file(weights, tmp_path / "missing" / "model.safetensors", metadata={"format": "pt"})
+    for file in (tmp_path / "tokenizer").glob("tokenizer*"):
+        file.unlink()
+    recipe = save_recipe(tmp_path, model, text)
+    for name, word in {"weights": "does not load", "missing": "q_proj", "tokenizer": "tokenizer"}.items():
+        assert_refused(capsys, recipe, errors.ModelError, word, options=[f"model.id={tmp_path / name}"])
+
+
+def test_an_architecture_that_cannot_be_converted(tmp_path, text, capsys):
+    bloom = save_model(tmp_path / "bloom", model_type="bloom", n_layer=2, n_head=4)
+    recipe = save_recipe(tmp_path, bloom, text)
+    assert_refused(capsys, recipe, errors.ArchitectureError, "BloomForCausalLM cannot be converted", "Llama")
+
+
+def test_text_that_does_not_do(tmp_path, model, text, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("the old king")
+    recipe = save_recipe(tmp_path, model, text)
+    for name, word in {"empty": "empty", "short": "too short", "missing": "missing.txt"}.items():
+        options = [f"data.source={tmp_path / name}.txt"]
+        assert_refused(capsys, recipe, errors.DataError, word, options=options)
+
+
+def test_settings_that_cannot_be(tmp_path, model, text, capsys):
+    recipe = save_recipe(tmp_path, model, text)
+    for option, word in {
+        "attention.window=0": "must be at least 1, is 0",
+        "attention.window=64": "with sinks it covers 66 tokens",
+        "attention.feature_map.dim=0": "attention.feature_map.dim",
+        "attention.keep_softmax=[7]": "attention.keep_softmax: layers [7]",
+        "finetune.lora.targets=[q_proj, gate]": "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+    }.items():
+        assert_refused(capsys, recipe, errors.RecipeError, word, options=[option])
+    assert_refused(capsys, recipe, errors.TrainingError, "run.trackers: abacus", options=["run.trackers=[abacus]"])
+    assert_refused(capsys, recipe, errors.ModelError, "device", options=["run.device=abacus"])
+
+
+def test_an_output_folder_that_cannot_be(tmp_path, model, text, capsys):
+    (tmp_path / "file").write_text("text")
+    recipe = save_recipe(tmp_path, model, text)
+    for name, word in {"file": "not a conversion of ours", "file/out": "could not be made"}.items():
+        assert_refused(capsys, recipe, errors.ExportError, word, options=[f"output.folder={tmp_path / name}"])
+
+
+def test_a_tokenizer_without_a_pad_token_will_do(tmp_path, text):
+    model = save_model(tmp_path / "model", pad=None)
+    changes = {"data.packing": False, "match.tokens": 384, "finetune.tokens": 384, "run.micro_batch": 2}
+    assert convert.convert(load_recipe(save_recipe(tmp_path, model, text, **changes))).is_dir()
+
+
+def test_a_run_resumes_only_with_the_settings_it_began_with(tmp_path, model, text, capsys, monkeypatch):
+    recipe = save_recipe(tmp_path, model, text)
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert._Run, "finetune", interrupt)
+        assert cli.main(["convert", str(recipe)]) == 130
+    assert "give the same command again to resume" in capsys.readouterr().err
+    work = tmp_path / "out.work"
+    for options, word in {
+        ("match.lr=0.5", "finetune.lora.rank=2"): "other settings of finetune, match",
+        ("run.seed=7",): "other settings of run.seed",
+    }.items():
+        assert_refused(capsys, recipe, errors.TrainingError, word, "--force", options=options)
+    assert (work / "match.pt").exists() and len(steps_of(work / "log.jsonl")) == 8
+    folder = convert.convert(load_recipe(recipe, ["run.micro_batch=2", "run.checkpoint_every=2"]))
+    assert len(steps_of(folder / "log.jsonl")) == 16
+
+
+def test_the_report_card_is_kept_between_attempts_unless_its_settings_change(tmp_path, model, text, monkeypatch):
+    report = {"evaluate.sequences": 2, "evaluate.sequence_length": 48, "evaluate.recall_distances": [8]}
+    changes = {**report, "evaluate.key_recall_samples": 0, "match.tokens": 0, "finetune.tokens": 0}
+    recipe = save_recipe(tmp_path, model, text, **changes)
+
+    def interrupt(self, *_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert._Run, "export", interrupt)
+        measured = []
+        for options in ([], [], ["evaluate.sequences=1"]):
+            with pytest.raises(KeyboardInterrupt):
+                convert.convert(load_recipe(recipe, options))
+            measured.append((tmp_path / "out.work" / "report" / "report.json").read_text())
+    assert measured[0] == measured[1], "the speeds in it would differ, had it been measured again"
+    assert [json.loads(m)["meta"]["num_rows"] for m in measured] == [2, 2, 1]
+
+
+# ---------------------------------------------------------------------------------------------------- the plan
+
+GIVEN = dict(bos_token_id=1, eos_token_id=2)
+CONFIGS = {
+    "meta-llama/Llama-3.2-1B": LlamaConfig(
+        num_hidden_layers=16, hidden_size=2048, intermediate_size=8192, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True, **GIVEN,
+    ),
+    "meta-llama/Llama-3.1-8B": LlamaConfig(
+        num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, **GIVEN,
+    ),
+    "mistralai/Mistral-7B-v0.3": MistralConfig(
+        num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=32768, sliding_window=None, **GIVEN,
+    ),
+    "Qwen/Qwen2.5-1.5B": Qwen2Config(
+        num_hidden_layers=28, hidden_size=1536, intermediate_size=8960, num_attention_heads=12,
+        num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True, **GIVEN,
+    ),
+    "SmolLM2-135M": LlamaConfig(
+        num_hidden_layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True, **GIVEN,
+    ),
+}  # fmt: skip
+# recipe -> model, replaced layers, millions of parameters without the new ones (the models' own cards)
+SHIPPED = {
+    "llama-3.2-1b": ("meta-llama/Llama-3.2-1B", 16, 1235.8),
+    "llama-3.1-8b": ("meta-llama/Llama-3.1-8B", 32, 8030.3),
+    "mistral-7b": ("mistralai/Mistral-7B-v0.3", 32, 7248.0),
+    "qwen2.5-1.5b": ("Qwen/Qwen2.5-1.5B", 28, 1543.7),
+    "smollm2-135m-gpu": ("SmolLM2-135M", 30, 134.5),
+    "quickstart": ("SmolLM2-135M", 30, 134.5),
+    "default": ("SmolLM2-135M", 30, 134.5),
+}
+
+
+def test_every_shipped_recipe_is_known_here():
+    assert sorted(SHIPPED) == [name for name, _ in shipped.list_recipes()]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_plan_of_a_shipped_recipe(name, monkeypatch):
+    config_of, num_layers, millions = SHIPPED[name]
+    # a copy: the converted model's config is another object, but from_config marks the one it is given
+    monkeypatch.setattr(plan, "load_teacher_config", lambda settings: copy.deepcopy(CONFIGS[config_of]))
+    recipe = load_recipe("owner/model" if name == "default" else name)
+    if name not in ("default", "quickstart"):
+        assert config_of in recipe.model.id
+    model = plan.build_on_meta(recipe)
+    layers, config = linear_attentions(model), CONFIGS[config_of]
+    assert len(layers) == num_layers and all(p.device.type == "meta" for p in model.parameters())
+    old = sum(p.numel() for n, p in model.named_parameters() if "linear_attn" not in n)
+    assert old / 1e6 == pytest.approx(millions, abs=0.06)
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, recipe.attention.feature_map.dim
+    size = config.hidden_size // heads
+    new = (heads + kv_heads) * size * dim + kv_heads * size + heads * (size + 1)
+    assert all(sum(p.numel() for p in layer.parameters()) == new for layer in layers.values())
+    said = plan.plan(recipe)
+    assert f"replaced     {num_layers} of {num_layers} layers: 0-{num_layers - 1}" in said
+    assert f"{old / 1e6 + new * num_layers / 1e6:,.1f} M parameters, of which {new * num_layers / 1e6:.2f} M new" in said
+    assert "estimate" in said and "sequence_length: " in said
+
+
+def test_dry_run_writes_nothing(tmp_path, model, text, capsys):
+    recipe = save_recipe(tmp_path, model, text, **{"attention.keep_softmax": [0]})
+    assert cli.main(["convert", str(recipe), "--dry-run"]) == 0
+    assert "replaced     1 of 2 layers: 1" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]

@@ -14,7 +14,7 @@ from linearize.errors import DataError, LinearizeError, ModelError
 from linearize.export import export
 from linearize.recipe import AttentionSettings, FeatureMapSettings
 
-pytest.importorskip("lm_eval")
+lm_eval = pytest.importorskip("lm_eval")
 
 from linearize_eval import harness  # noqa: E402
 from linearize_eval.harness import evaluate_folder, evaluate_model, find_tasks, format_results  # noqa: E402
@@ -191,6 +191,14 @@ def test_results_are_written_as_a_table(model_folder, task_folder):
         assert value == f"{figures[f'{metric},none']:.4f}"
         assert error == f"{figures[f'{metric}_stderr,none']:.4f}"
         assert (num_fewshot, documents) == ("0", "16")
+
+
+def test_a_figure_that_is_not_finite_is_json_and_shown(model_folder, task_folder, monkeypatch):
+    results = {"results": {"tiny_word": {"perplexity,none": float("nan")}}}
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **_: results)
+    results = evaluate_model(*load(model_folder), tasks=["tiny_word"], include_path=task_folder)
+    assert results == {"results": {"tiny_word": {"perplexity,none": None}}}
+    assert format_results(results).splitlines()[-1].split() == ["tiny_word", "perplexity", "not", "finite"]
 
 
 def test_an_unknown_task_names_the_nearest(model_folder, task_folder):

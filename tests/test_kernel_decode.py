@@ -25,7 +25,7 @@ def fold_early(monkeypatch):
 
 
 def make(prompt=10, tokens=5, batch=2, heads=2, groups=1, head_dim=16, map_dim=5, window=6, sinks=2,
-         decay=False, pad=0, large=1.0, dtype=torch.float32, seed=0):  # fmt: skip
+         decay=False, pad=0, large=1.0, far_gate=None, dtype=torch.float32, seed=0):  # fmt: skip
     g = torch.Generator().manual_seed(seed)
     length = prompt + tokens
 
@@ -38,6 +38,8 @@ def make(prompt=10, tokens=5, batch=2, heads=2, groups=1, head_dim=16, map_dim=5
         v=draw(batch, groups, length, head_dim), q_far=draw(batch, heads, length, map_dim).float() * 0.5,
         k_far=draw(batch, groups, length, map_dim).float() * 0.5, gate=draw(batch, heads, length).float(),
     )  # fmt: skip
+    if far_gate is not None:
+        inputs["gate"] = torch.full_like(inputs["gate"], far_gate)
     valid = torch.ones(batch, length, dtype=torch.bool, device=DEVICE)
     valid[0, :pad] = False
     decay = -torch.linspace(0.01, 0.1, groups, device=DEVICE) if decay else None
@@ -83,6 +85,7 @@ CASES = {
     "folding, decay, padding": FOLDING,
     "two groups": {"heads": 4, "groups": 2, "batch": 1},
     "padding longer than the window": {"prompt": 12, "pad": 11},
+    "gate above all, nothing far": {"prompt": 2, "tokens": 4, "far_gate": 300.0},
     "no sinks": {"sinks": 0},
     "one head": {"heads": 1, "groups": 1},
     "three heads a group, odd head dim": {"heads": 3, "head_dim": 24, "batch": 1},

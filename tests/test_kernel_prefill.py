@@ -27,7 +27,7 @@ def small_chunks(monkeypatch):
 
 
 def make(length=90, batch=1, heads=2, groups=1, head_dim=16, map_dim=4, window=12, sinks=3, decay=False,
-         pad=None, large=1.0, extra=0, dtype=torch.float32, seed=0):  # fmt: skip
+         pad=None, large=1.0, extra=0, far_gate=None, dtype=torch.float32, seed=0):  # fmt: skip
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -39,6 +39,8 @@ def make(length=90, batch=1, heads=2, groups=1, head_dim=16, map_dim=4, window=1
         v=draw(batch, groups, length, head_dim), q_far=draw(batch, heads, length, map_dim).float() * 0.5,
         k_far=draw(batch, groups, length, map_dim).float() * 0.5, gate=draw(batch, heads, length).float(),
     )  # fmt: skip
+    if far_gate is not None:
+        inputs["gate"] = torch.full_like(inputs["gate"], far_gate)
     valid = torch.ones(batch, length, dtype=torch.bool, device=DEVICE)
     if pad:
         valid[0, : length // 3] = False
@@ -75,15 +77,14 @@ def check(cuts=(), **case):
     error = (state.total - last.total).norm() / last.total.norm().clamp_min(1e-30)
     assert last.total.norm() == 0 or error < tolerance, f"total: {error:.1e}"
     for name in RING:
-        torch.testing.assert_close(
-            getattr(state, name), getattr(last, name).to(getattr(state, name).dtype), msg=name
-        )
+        torch.testing.assert_close(getattr(state, name), getattr(last, name).to(getattr(state, name).dtype), msg=name)
 
 
 CASES = {
     "plain": {},
     "one token": {"length": 1},
     "within the window": {"length": 9, "cuts": (4,)},
+    "gate above all, nothing far": {"length": 9, "cuts": (4,), "far_gate": 300.0},
     "no sinks": {"sinks": 0, "window": 1},
     "groups": {"heads": 4, "groups": 2},
     "decay": {"decay": True, "cuts": (40,)},
@@ -124,8 +125,6 @@ def test_table(name, dtype):
 def test_dispatch_takes_and_gives_a_state():
     inputs, options, valid, state = make(length=70)
     expected, last = attention_chunked(**inputs, valid=valid, **options, state=state, return_state=True)
-    out, after = attention(
-        **inputs, valid=valid, **options, state=state, return_state=True, implementation="triton"
-    )
+    out, after = attention(**inputs, valid=valid, **options, state=state, return_state=True, implementation="triton")
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(after.total, last.total, rtol=1e-3, atol=1e-4)

@@ -38,21 +38,21 @@ def evaluate_folder(
     dtype: str = "auto",
     num_fewshot: int | None = None,
 ) -> dict:
-    """Runs lm-eval tasks on the model exported to `folder`.
+    """Runs lm-eval tasks on the model exported to `folder`, or on any model that a recipe may name, as its teacher.
 
     `device` and `dtype` as in `linearize.load`, but that dtype "auto" is the saved one on a CPU too, as it is
     for lm-eval. The other arguments, the result and the errors are those of `evaluate_model`.
 
-    Raises ModelError if `folder` holds no converted model.
+    Raises ModelError if there is no model in `folder`.
     """
-    from linearize.loading import load, read_config
+    from linearize.loading import load_any, locate, read_config
 
-    config = read_config(Path(folder))
+    locate(str(folder))  # a wrong name is known now, not after lm-eval's tasks have been listed
     _require_lm_eval()
     task_manager, names = find_tasks(tasks, include_path=include_path, pretrained=str(folder))
-    if dtype == "auto":
-        dtype = config.get("dtype") or "auto"
-    model, tokenizer = load(folder, device=device, dtype=dtype)
+    if dtype == "auto" and (Path(folder) / "config.json").is_file():
+        dtype = read_config(Path(folder)).get("dtype") or "auto"
+    model, tokenizer = load_any(folder, device=device, dtype=dtype)
     return _evaluate(model, tokenizer, names, task_manager, limit, batch_size, num_fewshot)
 
 

@@ -17,7 +17,8 @@ import torch
 from .reference import attention_reference
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
-PREFILL_FROM = 2048  # tokens from which O(T) is the faster forward (kernels/README.md)
+PREFILL_FROM = 16384  # tokens from which O(T) is the faster forward (kernels/README.md)
+SHORT = 64  # fewer new tokens after a state: launches are all the time there is, and the reference sums in float32
 
 
 class Verdict(NamedTuple):
@@ -44,7 +45,8 @@ def attention(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_ma
         log_decay=log_decay, softcap=softcap, sink_logits=sink_logits, state=state, return_state=return_state,
     )  # fmt: skip
     chosen = requested(implementation)
-    if chosen == "triton" or (chosen == "auto" and q.is_cuda):
+    short = q.shape[2] < SHORT and (state is not None or return_state)
+    if chosen == "triton" or (chosen == "auto" and q.is_cuda and not short):
         verdict = can_run(q, k, v, q_far, k_far, gate, **options)
         if verdict:
             return _triton(q, k, v, q_far, k_far, gate, **options)
@@ -106,7 +108,9 @@ def _prefills(tensors, *, state=None, return_state=False, segments=None, **_) ->
     """Whether the call is for the O(T) kernels: a state goes in or out, or a long text needs no gradient."""
     if state is not None or return_state:
         return True
-    return tensors[0].shape[2] >= PREFILL_FROM and segments is None and not _needs_grad(tensors)
+    q, k, k_far = tensors[0], tensors[1], tensors[4]
+    long = q.shape[2] >= PREFILL_FROM and k_far.shape[1] == k.shape[1]
+    return long and segments is None and not _needs_grad(tensors)
 
 
 def _triton(*tensors, feature_map, softcap, sink_logits, state, return_state, segments, **options):

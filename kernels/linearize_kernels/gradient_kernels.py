@@ -27,7 +27,7 @@ def query_gradient_kernel(
     BM: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr, REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BM queries of one head: gradients of q, q_far, gate, a part of log_decay's; delta = grad·out."""
+    """One tile of BM queries of one head: gradients of q, q_far, gate, part of log_decay's; delta."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     q, q_far = q + b * q_b + h * q_h, q_far + b * qf_b + h * qf_h

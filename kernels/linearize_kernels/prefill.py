@@ -130,7 +130,7 @@ def sum_chunks(k_far, v, plan: Plan, state: State, log_decay, *, end: int, offse
 
 
 def _fill_sinks(old, new, length, valid, sinks: int):
-    """A short text's first tokens become sinks. old [B, G, n, size], new [B, G, T, size] -> [B, G, n, size]."""
+    """A text's first tokens become sinks. old [B, G, n, size], new [B, G, T, size] -> [B, G, n, size]."""
     rank = length[:, None] + valid.long().cumsum(1) - 1
     chosen = (rank[:, None] == torch.arange(sinks, device=old.device)[:, None]) & valid[:, None]  # [B, n, T]
     index = chosen.int().argmax(-1)[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])

@@ -147,7 +147,7 @@ def _row_major(x):
 
 
 def _like(x, shape, dtype=None):
-    """An empty [B, heads, T, size] tensor, in memory [B, T, heads, size]: joining the heads copies nothing."""
+    """An empty [B, heads, T, size] tensor, in memory [B, T, heads, size]: joining heads copies nothing."""
     batch, heads, length, size = shape
     return x.new_empty(batch, length, heads, size, dtype=dtype or x.dtype).transpose(1, 2)
 

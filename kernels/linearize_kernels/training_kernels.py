@@ -65,7 +65,7 @@ def sees_far(queries, length, window, sinks, has_far, PLAIN: tl.constexpr):
 @triton.jit
 def tile_ranges(start, length, window, sinks, first, before, num_tiles,
                  BM: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr):  # fmt: skip
-    """Of queries from `start`: the oldest tile, the first with window keys, the end; sink tiles before both."""
+    """For queries from `start`: oldest tile, first one with window keys, end; sink tiles before both."""
     end = tl.cdiv(tl.minimum(start + BM, length), BN)
     far_end = tl.maximum(start - window + 1, 0) // BN
     if PLAIN:
