@@ -24,9 +24,7 @@ BLOCK = dict(FB=32, VB=128, BN=32)  # features, value columns and slots of one p
 TILES = {torch.float32: Tiles(32, 32, 4, 1), torch.bfloat16: Tiles(128, 64, 8, 3)}
 
 
-def attention_prefill(
-    q, k, v, q_far, k_far, gate, *, scaling, window, sinks, valid=None, log_decay=None, state=None
-):
+def attention_prefill(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, valid=None, log_decay=None, state=None):
     """Hybrid attention with the Taylor map: arguments as `attention_chunked`. Returns (out [B, H, T, V],
     State).
 
@@ -55,21 +53,23 @@ def attention_prefill(
         tiles=TILES[q.dtype], chunk=CHUNK, sums=sums, norms=norms, offset=offset,
     )  # fmt: skip
     sink_k, sink_v = (
-        _fill_sinks(old, new, state.length, valid, sinks)
-        for old, new in ((state.sink_k, k), (state.sink_v, v))
+        _fill_sinks(old, new, state.length, valid, sinks) for old, new in ((state.sink_k, k), (state.sink_v, v))
     )
+
+    def newest(x):  # a copy: a view would keep all of the line alive
+        return x[:, :, x.shape[2] - ring :].clone(memory_format=torch.contiguous_format)
+
     after = State(
         total=total,
         sink_k=sink_k,
         sink_v=sink_v,
-        ring_k=line_k[:, :, -ring:] if ring else line_k[:, :, :0],
-        ring_v=line_v[:, :, -ring:] if ring else line_v[:, :, :0],
-        ring_far=line_far[:, :, -ring:] if ring else line_far[:, :, :0],
-        ring_valid=torch.cat([state.ring_valid, valid], 1)[:, length:],
+        ring_k=newest(line_k),
+        ring_v=newest(line_v),
+        ring_far=newest(line_far),
+        ring_valid=torch.cat([state.ring_valid, valid], 1)[:, length:].clone(),
         length=state.length + valid.sum(1),
     )
-    # Views of the line would keep all of it alive.
-    return out[:, :, offset:], after.map(lambda x: x.contiguous().clone() if x._base is not None else x)
+    return out[:, :, offset:], after
 
 
 def why_not(q, k, v, q_far, k_far, gate, *, segments=None, **options) -> str:
