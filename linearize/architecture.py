@@ -85,9 +85,7 @@ def probe(model) -> tuple[dict[int, AttentionShape], torch.Tensor]:
             raise
         raise ArchitectureError(_no_interface(name, "it takes no extra keyword arguments")) from error
     if not shapes:
-        raise ArchitectureError(
-            _no_interface(name, "it drops the keyword arguments on the way to its attention")
-        )
+        raise ArchitectureError(_no_interface(name, "it drops the keyword arguments on the way to its attention"))
     return _with_cache_windows(model, shapes), logits
 
 
@@ -130,8 +128,7 @@ def choose_layers(shapes: dict[int, AttentionShape], keep_softmax) -> list[int]:
     if wrong:
         raise RecipeError(
             f"attention.keep_softmax: layers {wrong} are not full-attention layers of this model. Those are "
-            f"{full}"
-            + (f"; layers {sliding} already use a sliding window and stay as they are." if sliding else ".")
+            f"{full}" + (f"; layers {sliding} already use a sliding window and stay as they are." if sliding else ".")
         )
     layers = [i for i in full if i not in keep_softmax]
     if not layers:
@@ -219,12 +216,8 @@ def _verify(model, expected) -> None:
     for piece in tokens.split([NUM_PROBE_TOKENS - 2, 1, 1], 1):
         pieces.append(model(input_ids=piece, past_key_values=cache, use_cache=True).logits)
     model.train(training)
-    _require_close(
-        model, short, expected, "on a text shorter than the window the logits differ from the base model's"
-    )
-    _require_close(
-        model, torch.cat(pieces, 1), parallel, "through a cache the logits differ from those without one"
-    )
+    _require_close(model, short, expected, "on a text shorter than the window the logits differ from the base model's")
+    _require_close(model, torch.cat(pieces, 1), parallel, "through a cache the logits differ from those without one")
 
 
 def _require_close(model, actual, expected, what) -> None:

@@ -39,9 +39,9 @@ def calibrate(model, inputs) -> dict[int, dict[str, float]]:
     def observer(module, q, k, v, out, *, scaling, softcap, sink_logits, **_):
         linear = layers[module.layer_idx]
         q, k, v, out = (x.float() for x in (q, k, v, out.transpose(1, 2)))
+        options = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
         per_head = [
-            _calibrate_group(linear, g, q, k, v, out, allowed, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
-            for g in range(linear.num_kv_heads)
+            _calibrate_group(linear, g, q, k, v, out, allowed, **options) for g in range(linear.num_kv_heads)
         ]
         power = out.square().sum().item()
         error, window_error = (sum(x) / power for x in zip(*per_head, strict=True))

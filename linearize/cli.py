@@ -1,4 +1,4 @@
-"""The command line: `linearize convert | generate | eval | report | recipes`.
+"""The command line: `linearize convert | generate | eval | report | doctor | recipes`.
 
 Only parses and prints; each verb imports what it needs when it runs, so `--help` answers at once. A setting
 of the recipe never becomes an option here: `--set` reaches all of them.
@@ -86,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_eval(verbs)
     report = _verb(verbs, "report", _report, "show the report card of a converted model")
     report.add_argument("folder", metavar="DIR", help="a converted model")
+    doctor = _verb(verbs, "doctor", _doctor, "say what this machine has and which kernels it runs")
+    doctor.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     _add_recipes(verbs)
     return parser
 
@@ -224,6 +226,12 @@ def _report(args: argparse.Namespace) -> None:
     from linearize_eval.report_text import print_report
 
     print_report(load_report(args.folder))
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from linearize.doctor import diagnose
+
+    print(diagnose(args.device))
 
 
 def _recipes_ls(args: argparse.Namespace) -> None:

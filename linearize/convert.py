@@ -46,7 +46,7 @@ def convert(recipe: Recipe, *, force: bool = False) -> Path:
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             _open_work(work, recipe, force=force)
-    log = RunLog(work / "log.jsonl", enabled=accelerator.is_main_process, trackers=_trackers(recipe, accelerator))
+    log = RunLog(work / "log.jsonl", enabled=accelerator.is_main_process)
     run = _Run(recipe, accelerator, work, log)
     try:
         run.prepare()
@@ -55,6 +55,7 @@ def convert(recipe: Recipe, *, force: bool = False) -> Path:
             log.close()
             shutil.rmtree(work)  # nothing in it is worth resuming
         raise
+    log.trackers = _trackers(recipe, accelerator)
     run.match()
     run.finetune()
     report = run.report()
@@ -82,7 +83,7 @@ class _Run:
         set_seed(recipe.run.seed)
         linearize_(self.model, recipe.attention)
         if recipe.finetune.tokens:
-            projection_names(self.model, recipe.finetune.lora.targets)  # a wrong name is an error now, not after matching
+            projection_names(self.model, recipe.finetune.lora.targets)  # a wrong name is an error now, not later
         with self.accelerator.main_process_first():
             self.data = self._read_data()
         self.log.say(f"text: {self.data.description}")
@@ -132,8 +133,9 @@ class _Run:
     def _train(self, stage, settings) -> None:
         self.log.steps_before = sum(result.num_steps for result in self.results)
         result = train(
-            stage, self.data, settings, run=self.recipe.run, accelerator=self.accelerator, folder=self.work, log=self.log
-        )
+            stage, self.data, settings, run=self.recipe.run, accelerator=self.accelerator, folder=self.work,
+            log=self.log,
+        )  # fmt: skip
         self.results.append(result)
         self.log.write(**{**asdict(result), "stage": result.name, "done": True})
         self.log.say(
@@ -176,8 +178,9 @@ class _Run:
         for name in ("teacher", "converted"):
             with variants[name]():
                 results[name] = evaluate_model(
-                    self.model, self.tokenizer, tasks=settings.tasks, include_path=settings.task_path, limit=settings.task_limit
-                )
+                    self.model, self.tokenizer, tasks=settings.tasks, include_path=settings.task_path,
+                    limit=settings.task_limit,
+                )  # fmt: skip
             self.log.say(f"{name}:\n{format_results(results[name])}")
         return results
 

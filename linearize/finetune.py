@@ -6,6 +6,7 @@ Loss: next-token cross-entropy and/or KL to the teacher, which is the same model
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D  # a linear layer with its weight transposed, as in GPT-2
 
 from .errors import RecipeError
 from .modeling_linearized import LinearizedAttentionMixin, linear_attentions
@@ -33,12 +34,10 @@ def projection_names(model, targets: list[str]) -> list[str]:
     names = []
     for attention in attentions:
         block = attention.rpartition(".")[0]
-        linears = {
-            name: f"{block}.{name}" for name, m in model.get_submodule(block).named_modules() if isinstance(m, torch.nn.Linear)
-        }
         by_last = {}
-        for name, full in linears.items():
-            by_last.setdefault(name.rpartition(".")[2], []).append(full)
+        for name, module in model.get_submodule(block).named_modules():
+            if isinstance(module, (torch.nn.Linear, Conv1D)):
+                by_last.setdefault(name.rpartition(".")[2], []).append(f"{block}.{name}")
         missing = [t for t in targets if t not in by_last]
         if missing:
             raise RecipeError(
@@ -82,7 +81,8 @@ class FinetuneStage:
             loss = scale * (self.loss.ce * ce + self.loss.kl * kl)
             if backward:
                 loss.backward()
-        return {"loss": loss.detach(), "ce": scale * ce.detach(), **({"kl": scale * kl.detach()} if self.loss.kl else {})}
+        figures = {"loss": loss.detach(), "ce": scale * ce.detach()}
+        return {**figures, "kl": scale * kl.detach()} if self.loss.kl else figures
 
     @torch.no_grad()
     def teacher_logits(self, inputs):

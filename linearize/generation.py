@@ -22,7 +22,9 @@ def generate_text(folder, *, prompts: list[str], max_new_tokens: int = 64, tempe
     inputs = {name: x.to(model.device) for name, x in _encode(tokenizer, prompts, chat).items()}
     if seed is not None:
         torch.manual_seed(seed)
-    options = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    options = {"do_sample": temperature > 0}
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_p": top_p}
     options |= {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
     if len(prompts) == 1:
         from transformers import TextStreamer

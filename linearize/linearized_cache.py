@@ -72,9 +72,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
         self.num_in_ring -= count
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise CacheError(
-            "a converted layer's cache is filled by its own attention, see LinearizedCacheLayer.attend"
-        )
+        raise CacheError("a converted layer's cache is filled by its own attention, see LinearizedCacheLayer.attend")
 
     def update(self, key_states, value_states, *args, **kwargs):
         raise CacheError(

@@ -61,8 +61,8 @@ def load_teacher(settings, *, device: torch.device):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **options)
         model, info = AutoModelForCausalLM.from_pretrained(
-            source.name, output_loading_info=True, dtype=pick_dtype(settings.dtype, device, gguf=source.gguf is not None),
-            **options, **source.dequantised(),
+            source.name, dtype=pick_dtype(settings.dtype, device, gguf=source.gguf is not None),
+            output_loading_info=True, **options, **source.dequantised(),
         )  # fmt: skip
     except LOADING_ERRORS as error:
         raise ModelError(f"model.id = {settings.id!r} does not load: {error}") from error
@@ -142,7 +142,9 @@ def read_config(folder: Path) -> dict:
     """config.json of a model folder. Raises ModelError where there is none."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ModelError(f"{folder} is not a model folder: it has no config.json. Make one with: linearize convert RECIPE")
+        raise ModelError(
+            f"{folder} is not a model folder: it has no config.json. Make one with: linearize convert RECIPE"
+        )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

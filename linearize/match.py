@@ -26,7 +26,8 @@ class MatchStage:
         for layer in self.layers.values():
             layer.requires_grad_(True)
         self.groups = [
-            ParameterGroup(f"layer {index}", list(layer.parameters()), settings.lr) for index, layer in self.layers.items()
+            ParameterGroup(f"layer {index}", list(layer.parameters()), settings.lr)
+            for index, layer in self.layers.items()
         ]
 
     def num_terms(self, batch) -> int:

@@ -220,9 +220,7 @@ class LinearizedConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         base_type = config_dict["base_model_type"]
         if base_type not in CONFIG_MAPPING:
-            raise ValueError(
-                f"transformers {transformers.__version__} has no {base_type!r}: install a newer one"
-            )
+            raise ValueError(f"transformers {transformers.__version__} has no {base_type!r}: install a newer one")
         base = CONFIG_MAPPING[base_type]
         linearized_class(MODEL_FOR_CAUSAL_LM_MAPPING[base])  # registers the pair
         return linearized_class(base).from_dict(config_dict, **kwargs)
@@ -292,9 +290,7 @@ class LinearizedMixin:
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; the folder also gets the code it needs to load without linearize."""
         if kwargs.get("push_to_hub"):
-            raise ValueError(
-                "push_to_hub=True would leave the code behind; call model.push_to_hub(...) instead"
-            )
+            raise ValueError("push_to_hub=True would leave the code behind; call model.push_to_hub(...) instead")
         name = type(self).__name__
         self.config.architectures = [name]
         self.config.auto_map = {

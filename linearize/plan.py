@@ -1,4 +1,4 @@
-"""What a conversion would do (`--dry-run`): layers, parameters, bytes and an estimate of time, from the config alone."""
+"""What a conversion would do (`--dry-run`): layers, parameters, bytes and an estimate of time, from the config."""
 
 import time
 
@@ -36,9 +36,10 @@ def _replacement_lines(model, layers) -> list[str]:
     first = next(iter(layers.values()))
     new = sum(p.numel() for layer in layers.values() for p in layer.parameters())
     total = sum(p.numel() for p in model.parameters())
+    num_layers = model.config.get_text_config().num_hidden_layers
     return [
         f"model        {type(model).__name__}: {total / 1e6:,.1f} M parameters, of which {new / 1e6:.2f} M new",
-        f"replaced     {len(layers)} of {model.config.get_text_config().num_hidden_layers} layers: {_ranges(list(layers))}",
+        f"replaced     {len(layers)} of {num_layers} layers: {_ranges(list(layers))}",
         f"each layer   {first.num_heads} query heads, {first.num_kv_heads} kv heads, head dim {first.head_dim}, "
         f"window {first.window}, {first.sinks} sinks, {first.feature_map} map of dimension {first.q_map.shape[-1]}",
     ]
@@ -52,9 +53,10 @@ def _memory_lines(recipe, model, layers) -> list[str]:
     width = 4 if pick_device(recipe.run.device).type == "cpu" else 2
     weights = sum(p.numel() for p in model.parameters()) * width
     logits = recipe.run.micro_batch * recipe.data.sequence_length * model.config.get_text_config().vocab_size * width
+    need = (weights + 6 * logits) / 2**30 + 0.8
     return [
-        f"state        {state / 2**20:,.2f} MiB a sequence at any length; the KV cache it replaces, MiB: {caches} (bf16)",
-        f"memory       about {(weights + 6 * logits) / 2**30 + 0.8:,.1f} GiB while training (weights and logits; estimate)",
+        f"state        {state / 2**20:,.2f} MiB a sequence at any length; KV cache it replaces, MiB: {caches} (bf16)",
+        f"memory       about {need:,.1f} GiB while training (weights and logits; estimate)",
     ]
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .errors import TrainingError
+
 
 class RunLog:
     """Writes records for the main process and nothing for the others.
@@ -17,13 +19,22 @@ class RunLog:
     def __init__(self, path: Path, *, enabled: bool = True, trackers=None):
         self.enabled, self.trackers = enabled, trackers
         self.steps_before = 0  # of earlier stages: trackers want steps that only grow
-        self._file = path.open("a", encoding="utf-8") if enabled else None
+        self._file = None
+        if enabled:
+            _drop_unfinished_line(path)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, **record) -> None:
-        """One JSON line, with the time in seconds since the epoch."""
-        if self._file is not None:
+        """One JSON line, with the time in seconds since the epoch. Raises TrainingError where the disk is full."""
+        if self._file is None:
+            return
+        try:
             self._file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
             self._file.flush()
+        except OSError as error:
+            raise TrainingError(
+                f"{self._file.name} could not be written: {error}. Make room, then give the same command again."
+            ) from error
 
     def say(self, text: str) -> None:
         """A line for the person in front of the terminal."""
@@ -49,6 +60,13 @@ class RunLog:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    """What a killed process had not finished writing would make the next line unreadable too."""
+    if path.exists():
+        content = path.read_bytes()
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
 def peak_memory_bytes() -> int:

@@ -18,9 +18,7 @@ _COMMON = dict(
     num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
 _EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-_SLIDING_AND_FULL = dict(
-    num_hidden_layers=4, sliding_window=6, layer_types=["sliding_attention", "full_attention"] * 2
-)
+_SLIDING_AND_FULL = dict(num_hidden_layers=4, sliding_window=6, layer_types=["sliding_attention", "full_attention"] * 2)
 
 # name -> (model type, what its config has beyond _COMMON); at least two full-attention layers in each
 ARCHITECTURES = {
@@ -34,7 +32,13 @@ ARCHITECTURES = {
     "gemma": ("gemma", dict(head_dim=16)),
     "gemma2": (
         "gemma2",
-        dict(**_SLIDING_AND_FULL, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=2.0),
+        dict(
+            **_SLIDING_AND_FULL,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            attn_logit_softcapping=2.0,
+            attn_implementation="eager",  # sdpa of older transformers leaves softcapping out
+        ),
     ),
     "gemma3": ("gemma3_text", dict(**_SLIDING_AND_FULL, head_dim=8, query_pre_attn_scalar=8)),
     "phi": ("phi", dict(num_key_value_heads=4)),
@@ -65,10 +69,20 @@ ARCHITECTURES = {
     "gpt2": ("gpt2", {}),
     "gpt_neox": ("gpt_neox", {}),
     "opt": ("opt", dict(ffn_dim=48, word_embed_proj_dim=32)),
-    "lfm2": (
-        "lfm2",
-        dict(num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2, block_multiple_of=8),
-    ),
+    "qwen3_next": (
+        "qwen3_next",
+        dict(
+            **_EXPERTS,
+            num_hidden_layers=4,
+            layer_types=["linear_attention", "full_attention"] * 2,
+            head_dim=8,
+            shared_expert_intermediate_size=16,
+            linear_num_value_heads=4,
+            linear_num_key_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+        ),
+    ),  # fmt: skip
 }
 
 
@@ -96,9 +110,7 @@ def make_from_config(config, *, seed: int = 0, dtype=torch.float32):
     return model
 
 
-def attention(
-    *, window=WINDOW, sinks=SINKS, name="taylor", dim=4, per="kv_head", decay=True, keep_softmax=()
-):
+def attention(*, window=WINDOW, sinks=SINKS, name="taylor", dim=4, per="kv_head", decay=True, keep_softmax=()):
     """The recipe's attention section, small."""
     feature_map = FeatureMapSettings(name=name, dim=dim, per=per)
     return AttentionSettings(
@@ -146,9 +158,7 @@ def logits_in_pieces(model, tokens, sizes, **kwargs) -> torch.Tensor:
     sizes = list(sizes)
     while start < tokens.shape[1]:
         size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
-        out = model(
-            input_ids=tokens[:, start : start + size], past_key_values=cache, use_cache=True, **kwargs
-        )
+        out = model(input_ids=tokens[:, start : start + size], past_key_values=cache, use_cache=True, **kwargs)
         pieces.append(out.logits)
         start += size
     return torch.cat(pieces, 1)

@@ -173,7 +173,7 @@ def test_padding_and_neighbours_change_no_row(name, side):
 @every_model
 def test_packed_documents(name):
     model = converted(name)
-    lengths = (9, 1, 17, 8)
+    lengths = (9, 1, 150, 8)
     documents = [make_tokens(2, length, seed=length) for length in lengths]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     alone = torch.cat([logits_of(model, document) for document in documents], 1)

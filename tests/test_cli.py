@@ -1,6 +1,7 @@
 """The command line: what it parses, what it hands on, how it fails; and that it starts fast."""
 
 import importlib
+import importlib.metadata
 import inspect
 import io
 import json
@@ -52,7 +53,7 @@ def test_help_is_fast_and_shows_every_verb(tmp_path):
         result = run("--help", cwd=tmp_path)
         seconds.append(time.perf_counter() - start)
     assert result.returncode == 0
-    for verb in ("convert", "generate", "eval", "report", "recipes"):
+    for verb in ("convert", "generate", "eval", "report", "doctor", "recipes"):
         assert f"\n    {verb} " in result.stdout
     assert "linearize convert my.yaml" in result.stdout
     assert min(seconds) < 1
@@ -66,9 +67,7 @@ def test_start_imports_nothing_heavy(tmp_path):
         "print(sorted(heavy & set(sys.modules)))"
     )
     env = {**os.environ, "PYTHONPATH": PATH}
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert result.stdout.strip() == "[]", result.stderr
 
 
@@ -93,9 +92,7 @@ def test_options_are_frozen():
 
     def walk(parser, name):
         subparsers = [a for a in parser._actions if isinstance(a.choices, dict)]
-        options[name] = [
-            a.option_strings[-1] for a in parser._actions if a.option_strings and a.dest != "help"
-        ]
+        options[name] = [a.option_strings[-1] for a in parser._actions if a.option_strings and a.dest != "help"]
         for action in subparsers:
             for verb, sub in action.choices.items():
                 walk(sub, f"{name} {verb}".strip())
@@ -124,6 +121,7 @@ def test_options_are_frozen():
         ]
         + ["--dtype"],
         "report": [],
+        "doctor": ["--device"],
         "recipes": [],
         "recipes ls": [],
         "recipes show": [],
@@ -152,10 +150,7 @@ def test_convert_hands_on_the_recipe(fake_module, capsys):
         convert=lambda recipe, *, force: calls.append((recipe, force)),
         plan=lambda recipe: f"the plan of {recipe.name}",
     )
-    assert (
-        cli.main(["convert", "quickstart", "--set", "match.tokens=1M", "--set", "match.lr=1e-3", "--force"])
-        == 0
-    )
+    assert cli.main(["convert", "quickstart", "--set", "match.tokens=1M", "--set", "match.lr=1e-3", "--force"]) == 0
     ((recipe, force),) = calls
     assert (recipe.name, recipe.match.tokens, recipe.match.lr, force) == ("quickstart", 1_000_000, 1e-3, True)
     assert cli.main(["convert", "a/b", "--dry-run"]) == 0
@@ -167,9 +162,7 @@ def test_convert_hands_on_the_recipe(fake_module, capsys):
 
 def test_generate_hands_on_its_options(fake_module, monkeypatch):
     calls = []
-    fake_module(
-        "linearize.generation", generate_text=lambda folder, **options: calls.append((folder, options))
-    )
+    fake_module("linearize.generation", generate_text=lambda folder, **options: calls.append((folder, options)))
     monkeypatch.setattr(sys, "stdin", io.StringIO("from stdin"))
     assert cli.main(["generate", "dir", "-p", "a", "--prompt", "-"]) == 0
     options = dict(max_new_tokens=64, temperature=0.0, top_p=1.0, chat=False, seed=None, device="auto")
@@ -187,9 +180,7 @@ def test_eval_hands_on_its_options_and_writes_json(fake_module, tmp_path, capsys
         calls.append((folder, options))
         return {"acc": 0.5}
 
-    fake_module(
-        "linearize_eval.harness", evaluate_folder=evaluate_folder, format_results=lambda r: f"acc {r['acc']}"
-    )
+    fake_module("linearize_eval.harness", evaluate_folder=evaluate_folder, format_results=lambda r: f"acc {r['acc']}")
     output = tmp_path / "r.json"
     assert cli.main(["eval", "dir", "--tasks", "a, b,", "--limit", "5", "--output", str(output)]) == 0
     options = dict(include_path=None, limit=5, batch_size=8, device="auto", dtype="auto", num_fewshot=None)
@@ -326,3 +317,11 @@ def test_a_reader_that_stops_reading_is_no_error(tmp_path):
     process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path)
     os.close(writer)
     assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_doctor_names_versions_and_why_no_kernel_runs_on_a_cpu(capsys):
+    assert cli.main(["doctor", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch {importlib.metadata.version('torch')}" in printed
+    operations = [line for line in printed.splitlines() if ": reference (" in line]
+    assert len(operations) == 4 and any(line.startswith("training attention") for line in operations)

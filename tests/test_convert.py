@@ -17,9 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from linearize import cli, convert, errors, plan, shipped
-from linearize.modeling_linearized import linear_attentions
-from linearize.recipe import load_recipe
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -32,11 +29,18 @@ from transformers import (
     Qwen2Config,
 )
 
+from linearize import cli, convert, errors, plan, shipped
+from linearize.modeling_linearized import linear_attentions
+from linearize.recipe import load_recipe
+
 ROOT = Path(__file__).resolve().parents[1]
 PATH = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval")])
 SPECIAL = ["<s>", "</s>", "<pad>"]
 WORDS = "the a one old new king town river runs sees takes gives red blue slow to from and of in".split()
-CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>{% endif %}"
+)
 
 
 def make_tokenizer(*, pad="<pad>", chat_template=None) -> PreTrainedTokenizerFast:
@@ -127,7 +131,8 @@ def read_log(path: Path) -> list[dict]:
     """Records of a log, the line that is being written left out."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def steps_of(path: Path) -> dict[tuple, set]:
@@ -203,7 +208,8 @@ def test_processes_give_the_losses_of_one(tmp_path, model, text, uninterrupted, 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
-    command += ["--master_port", str(port), "-m", "linearize.cli", "convert", str(save_recipe(several, model, text, **changes))]
+    recipe = save_recipe(several, model, text, **changes)
+    command += ["--master_port", str(port), "-m", "linearize.cli", "convert", str(recipe)]
     result = subprocess.run(
         command, env=environment(ACCELERATE_USE_CPU="true"), capture_output=True, text=True, timeout=300
     )
@@ -414,7 +420,8 @@ def test_the_plan_of_a_shipped_recipe(name, monkeypatch):
     assert all(sum(p.numel() for p in layer.parameters()) == new for layer in layers.values())
     said = plan.plan(recipe)
     assert f"replaced     {num_layers} of {num_layers} layers: 0-{num_layers - 1}" in said
-    assert f"{old / 1e6 + new * num_layers / 1e6:,.1f} M parameters, of which {new * num_layers / 1e6:.2f} M new" in said
+    new *= num_layers
+    assert f"{(old + new) / 1e6:,.1f} M parameters, of which {new / 1e6:.2f} M new" in said
     assert "estimate" in said and "sequence_length: " in said
 
 

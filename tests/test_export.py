@@ -6,6 +6,13 @@ import shutil
 
 import pytest
 import torch
+from pico import VOCABULARY, make_model, make_tokens
+from pico import convert as convert_pico
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from test_convert import CHAT, make_tokenizer, read_log, save_model, save_recipe, save_text, steps_of
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
 from linearize import export as export_module
 from linearize.convert import convert
 from linearize.errors import ExportError
@@ -13,12 +20,6 @@ from linearize.export import check_free, export
 from linearize.loading import load
 from linearize.recipe import load_recipe
 from linearize_eval.report_text import write_number
-from pico import VOCABULARY, make_model, make_tokens
-from pico import convert as convert_pico
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from test_convert import CHAT, make_tokenizer, read_log, save_model, save_recipe, save_text, steps_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 SHORT = {"match.tokens": 384, "finetune.tokens": 384}  # two steps each
 REPORT = {

@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
+from pico import attention, logits_of, make_model, make_tokens, randomise, relative_error
+from test_train import LENGTH, make_data, make_loop, run_train
+
 from linearize.architecture import linearize_
 from linearize.convert import _merge
 from linearize.errors import RecipeError, TrainingError
 from linearize.finetune import FinetuneStage, add_lora, projection_names, token_losses
 from linearize.modeling_linearized import linear_attentions
 from linearize.recipe import FinetuneSettings, LoraSettings, LossSettings
-from pico import attention, logits_of, make_model, make_tokens, randomise, relative_error
-from test_train import LENGTH, make_data, make_loop, run_train
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -65,6 +66,14 @@ def test_fused_projections_of_phi3():
     assert adapted(stage.model) == {f"model.layers.{i}.self_attn.{t}" for i in (0, 1) for t in ("qkv_proj", "o_proj")}
     figures = stage.run(make_batch(), scale=1.0, backward=True)
     assert figures["loss"].isfinite() and all(p.grad is not None for p in stage.groups[0].parameters)
+
+
+def test_gpt2s_transposed_projections():
+    stage = make_stage(make_settings(targets=["c_attn"]), name="gpt2", lora_noise=0.2)
+    assert adapted(stage.model) == {f"transformer.h.{i}.attn.c_attn" for i in (0, 1)}
+    tokens = make_tokens(2, 40)
+    before = logits_of(stage.model.eval(), tokens)
+    assert relative_error(logits_of(_merge(stage.model), tokens), before) < 1e-5
 
 
 def test_a_name_that_no_layer_has_lists_those_there_are():

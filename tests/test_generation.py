@@ -5,6 +5,11 @@ import shutil
 
 import pytest
 import torch
+from pico import randomise
+from test_convert import CHAT, make_tokenizer, save_model
+from tokenizers import normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from linearize import cli
 from linearize.architecture import linearize_
 from linearize.errors import LinearizeError, ModelError
@@ -12,10 +17,6 @@ from linearize.export import export
 from linearize.generation import generate_text
 from linearize.loading import load
 from linearize.recipe import AttentionSettings, FeatureMapSettings
-from pico import randomise
-from test_convert import CHAT, make_tokenizer, save_model
-from tokenizers import normalizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPTS = ["the old king", "a river runs to the town and the red", "so"]
 
@@ -133,9 +134,10 @@ def test_chat_without_a_template(folder, tmp_path, capsys):
 
 
 def test_folders_that_are_damaged(folder, tmp_path, capsys):
-    for name, file, content in (("weights", "model.safetensors", b"12345678 no weights"), ("config", "config.json", b"{")):
-        shutil.copytree(folder, tmp_path / name)
-        (tmp_path / name / file).write_bytes(content)
-        with pytest.raises(ModelError, match="does not load|is not valid JSON"):
-            load(tmp_path / name, device="cpu")
-        refused(capsys, "generate", tmp_path / name, "-p", "text")
+    for file, word in (("model.safetensors", "does not load"), ("config.json", "is not valid JSON")):
+        damaged = tmp_path / file
+        shutil.copytree(folder, damaged)
+        (damaged / file).write_bytes(b"12345678 damaged")
+        assert word in refused(capsys, "generate", damaged, "-p", "text")
+        with pytest.raises(ModelError, match=word):
+            load(damaged, device="cpu")

@@ -135,9 +135,7 @@ def test_offloaded_to_disk(folder, tmp_path):
         "lm_head": "cpu",
     }
     device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder, device_map=device_map, offload_folder=tmp_path / "disk"
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "disk")
     tokens = make_tokens()
     assert torch.equal(logits_of(loaded, tokens), logits_of(converted(), tokens))
     assert relative_error(logits_in_pieces(loaded, tokens, [7, 1]), logits_of(converted(), tokens)) < 1e-5
@@ -195,9 +193,7 @@ def test_without_linearize_but_with_trusted_code(folder, tmp_path):
     rows = [make_tokens(1, length, seed=length)[0] for length in (3, 11, 18)]
     ids, mask = pad(rows)
     options = dict(do_sample=False, max_new_tokens=10)
-    torch.save(
-        {"tokens": make_tokens(2, 100), "ids": ids, "mask": mask, "options": options}, tmp_path / "inputs"
-    )
+    torch.save({"tokens": make_tokens(2, 100), "ids": ids, "mask": mask, "options": options}, tmp_path / "inputs")
     done = run_without_linearize(
         """
 x = torch.load(inputs)
@@ -235,9 +231,7 @@ torch.save(out, result)
 
 
 def test_without_linearize_and_without_trust(folder, tmp_path):
-    done = run_without_linearize(
-        "AutoModelForCausalLM.from_pretrained(folder)", folder, "", "", tmp_path=tmp_path
-    )
+    done = run_without_linearize("AutoModelForCausalLM.from_pretrained(folder)", folder, "", "", tmp_path=tmp_path)
     assert done.returncode != 0
     assert "trust_remote_code=True" in done.stderr or "does not recognize this architecture" in done.stderr
     for path in folder.glob("*.py"):  # a folder that lost its code
@@ -336,9 +330,7 @@ def test_lora(folder, tmp_path):
 
 def test_an_adapter_folder_loads_by_itself(folder, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(folder)
-    config = LoraConfig(
-        r=4, target_modules=PROJECTIONS, modules_to_save=["linear_attn"], task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=4, target_modules=PROJECTIONS, modules_to_save=["linear_attn"], task_type="CAUSAL_LM")
     model = get_peft_model(base, config).train()
     train(model, steps=1)
     model.save_pretrained(tmp_path / "adapter")
@@ -348,9 +340,7 @@ def test_an_adapter_folder_loads_by_itself(folder, tmp_path):
 
 def test_the_adapter_of_a_bfloat16_model_trains_in_float32(folder):
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    config = LoraConfig(
-        r=4, target_modules=PROJECTIONS, modules_to_save=["linear_attn"], task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=4, target_modules=PROJECTIONS, modules_to_save=["linear_attn"], task_type="CAUSAL_LM")
     model = get_peft_model(base, config).train()
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     moved, _ = train(model, steps=1)

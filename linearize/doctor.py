@@ -1,0 +1,29 @@
+"""`linearize doctor`: what this machine has, and which implementation each attention operation takes on it."""
+
+import importlib.metadata
+import platform
+
+import torch
+
+from linearize_kernels import dispatch
+
+from .loading import pick_device
+
+_PACKAGES = ("linearize", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "lm_eval")
+
+
+def diagnose(device: str = "auto") -> str:
+    """Versions, device, and a line an operation with the reason; on a GPU the kernels are run and compared first."""
+    target = pick_device(device)
+    name = torch.cuda.get_device_name(target) if target.type == "cuda" else f"{torch.get_num_threads()} threads"
+    lines = [f"python {platform.python_version()}, " + ", ".join(f"{p} {_version(p)}" for p in _PACKAGES)]
+    lines.append(f"device {target} ({name}); LINEARIZE_KERNELS asks for {dispatch.requested()}")
+    lines += [f"{operation}: {chosen} ({why})" for operation, chosen, why in dispatch.report(target)]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
