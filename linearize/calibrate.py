@@ -40,9 +40,7 @@ def calibrate(model, inputs) -> dict[int, dict[str, float]]:
         linear = layers[module.layer_idx]
         q, k, v, out = (x.float() for x in (q, k, v, out.transpose(1, 2)))
         options = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
-        per_head = [
-            _calibrate_group(linear, g, q, k, v, out, allowed, **options) for g in range(linear.num_kv_heads)
-        ]
+        per_head = [_calibrate_group(linear, g, q, k, v, out, allowed, **options) for g in range(linear.num_kv_heads)]
         power = out.square().sum().item()
         error, window_error = (sum(x) / power for x in zip(*per_head, strict=True))
         report[module.layer_idx] = {"error": error, "window_error": window_error}

@@ -1,12 +1,8 @@
-"""`linearize convert` from end to end: killed and resumed, on several processes, with bad input, and the plan.
-
-Also the tiny model, text and recipe that the tests of the stages and of the export start from.
-"""
+"""`linearize convert` from end to end: killed and resumed, on several processes, with bad input, and the plan."""
 
 import copy
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -18,16 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from test_export import read_log, save_model, save_recipe, save_text, steps_of
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from linearize import cli, convert, errors, plan, shipped
 from linearize.modeling_linearized import linear_attentions
@@ -35,77 +23,6 @@ from linearize.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval")])
-SPECIAL = ["<s>", "</s>", "<pad>"]
-WORDS = "the a one old new king town river runs sees takes gives red blue slow to from and of in".split()
-CHAT = (
-    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>{% endif %}"
-)
-
-
-def make_tokenizer(*, pad="<pad>", chat_template=None) -> PreTrainedTokenizerFast:
-    """Bytes as tokens, 259 in all."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate([*SPECIAL, *letters])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token=pad)
-    fast.chat_template = chat_template
-    return fast
-
-
-def save_model(folder: Path, *, model_type="llama", layers=2, dtype=torch.float32, pad="<pad>", chat_template=None,
-               **settings) -> Path:  # fmt: skip
-    """A random model of width 32 with its tokenizer, attention sharp enough that the far term matters."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        model_type, **{
-            "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 0,
-            "eos_token_id": 1, "pad_token_id": 2, **settings,
-        }
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
-    model.generation_config = GenerationConfig(
-        bos_token_id=0, eos_token_id=1, pad_token_id=2, do_sample=True, temperature=0.7
-    )
-    model.to(dtype).save_pretrained(folder)
-    make_tokenizer(pad=pad, chat_template=chat_template).save_pretrained(folder)
-    return folder
-
-
-def save_text(path: Path, *, documents=60, words=40) -> Path:
-    """Documents of random sentences, one a line of JSON."""
-    choose = random.Random(0)
-    lines = [json.dumps({"text": " ".join(choose.choices(WORDS, k=words))}) for _ in range(documents)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def save_recipe(folder: Path, model, text, **changes) -> Path:
-    """recipe.yaml: 8 steps of matching and 8 of finetuning, no report card."""
-    settings = {
-        "model.id": str(model), "attention.window": 8, "attention.sinks": 2, "attention.feature_map.dim": 4,
-        "data.source": str(text), "data.sequence_length": 48, "data.held_out": 4, "calibrate.sequences": 2,
-        "run.checkpoint_every": 3, "run.device": "cpu", "evaluate.sequences": 0, "output.folder": str(folder / "out"),
-    }  # fmt: skip
-    for stage in ("match", "finetune"):
-        settings |= {f"{stage}.tokens": 1536, f"{stage}.batch_tokens": 192, f"{stage}.evaluate_every": 2}
-    sections: dict = {}
-    for name, value in {**settings, **changes}.items():
-        *path, last = name.split(".")
-        section = sections
-        for part in path:
-            section = section.setdefault(part, {})
-        section[last] = value
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps(sections), encoding="utf-8")  # JSON is YAML
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -125,24 +42,6 @@ def environment(**more) -> dict:
 def start(recipe, *options) -> subprocess.Popen:
     command = [sys.executable, "-m", "linearize.cli", "convert", str(recipe), *options]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def read_log(path: Path) -> list[dict]:
-    """Records of a log, the line that is being written left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def steps_of(path: Path) -> dict[tuple, set]:
-    """(stage, step) -> the different (loss, gradient norm, layers) that were logged for it."""
-    steps: dict[tuple, set] = {}
-    for record in read_log(path):
-        if "grad_norm" in record:
-            figures = (record["loss"], record["grad_norm"], *record.get("layers", ()))
-            steps.setdefault((record["stage"], record["step"]), set()).add(figures)
-    return steps
 
 
 def kill_at(recipe, stage: str, step: int) -> None:
@@ -358,6 +257,13 @@ def test_the_report_card_is_kept_between_attempts_unless_its_settings_change(tmp
             measured.append((tmp_path / "out.work" / "report" / "report.json").read_text())
     assert measured[0] == measured[1], "the speeds in it would differ, had it been measured again"
     assert [json.loads(m)["meta"]["num_rows"] for m in measured] == [2, 2, 1]
+
+
+def test_tensorboard_is_written_beside_the_output(tmp_path, model, text):
+    pytest.importorskip("tensorboard")
+    changes = {"match.tokens": 384, "finetune.tokens": 384, "run.trackers": ["tensorboard"]}
+    folder = convert.convert(load_recipe(save_recipe(tmp_path, model, text, **changes)))
+    assert list((tmp_path / "out.logs").rglob("events.out.*")) and (folder / "config.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- the plan

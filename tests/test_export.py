@@ -1,8 +1,13 @@
-"""The exported folder: the same logits again, everything that belongs in it, and all of it or nothing."""
+"""The exported folder: the same logits again, everything that belongs in it, and all of it or nothing.
+
+Also the tiny model, text and recipe that the tests of whole conversions start from.
+"""
 
 import errno
 import json
+import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,16 +15,114 @@ from pico import VOCABULARY, make_model, make_tokens
 from pico import convert as convert_pico
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from test_convert import CHAT, make_tokenizer, read_log, save_model, save_recipe, save_text, steps_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from linearize import export as export_module
+from linearize import modeling_linearized
 from linearize.convert import convert
 from linearize.errors import ExportError
 from linearize.export import check_free, export
 from linearize.loading import load
 from linearize.recipe import load_recipe
 from linearize_eval.report_text import write_number
+
+SPECIAL = ["<s>", "</s>", "<pad>"]
+WORDS = "the a one old new king town river runs sees takes gives red blue slow to from and of in".split()
+CHAT = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>{% endif %}"
+)
+
+
+def make_tokenizer(*, pad="<pad>", chat_template=None) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, 259 in all."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate([*SPECIAL, *letters])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token=pad)
+    fast.chat_template = chat_template
+    return fast
+
+
+def save_model(folder: Path, *, model_type="llama", layers=2, dtype=torch.float32, pad="<pad>", chat_template=None,
+               **settings) -> Path:  # fmt: skip
+    """A random model of width 32 with its tokenizer, attention sharp enough that the far term matters."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        model_type, **{
+            "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 0,
+            "eos_token_id": 1, "pad_token_id": 2, **settings,
+        }
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
+    model.generation_config = GenerationConfig(
+        bos_token_id=0, eos_token_id=1, pad_token_id=2, do_sample=True, temperature=0.7
+    )
+    model.to(dtype).save_pretrained(folder)
+    make_tokenizer(pad=pad, chat_template=chat_template).save_pretrained(folder)
+    return folder
+
+
+def save_text(path: Path, *, documents=60, words=40) -> Path:
+    """Documents of random sentences, one a line of JSON."""
+    choose = random.Random(0)
+    lines = [json.dumps({"text": " ".join(choose.choices(WORDS, k=words))}) for _ in range(documents)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def save_recipe(folder: Path, model, text, **changes) -> Path:
+    """recipe.yaml: 8 steps of matching and 8 of finetuning, no report card."""
+    settings = {
+        "model.id": str(model), "attention.window": 8, "attention.sinks": 2, "attention.feature_map.dim": 4,
+        "data.source": str(text), "data.sequence_length": 48, "data.held_out": 4, "calibrate.sequences": 2,
+        "run.checkpoint_every": 3, "run.device": "cpu", "evaluate.sequences": 0, "output.folder": str(folder / "out"),
+    }  # fmt: skip
+    for stage in ("match", "finetune"):
+        settings |= {f"{stage}.tokens": 1536, f"{stage}.batch_tokens": 192, f"{stage}.evaluate_every": 2}
+    sections: dict = {}
+    for name, value in {**settings, **changes}.items():
+        *path, last = name.split(".")
+        section = sections
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(sections), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+def read_log(path: Path) -> list[dict]:
+    """Records of a log, the line that is being written left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def steps_of(path: Path) -> dict[tuple, set]:
+    """(stage, step) -> the different (loss, gradient norm, layers) that were logged for it."""
+    steps: dict[tuple, set] = {}
+    for record in read_log(path):
+        if "grad_norm" in record:
+            figures = (record["loss"], record["grad_norm"], *record.get("layers", ()))
+            steps.setdefault((record["stage"], record["step"]), set()).add(figures)
+    return steps
+
 
 SHORT = {"match.tokens": 384, "finetune.tokens": 384}  # two steps each
 REPORT = {
@@ -137,10 +240,8 @@ def test_a_full_disk_leaves_nothing_and_can_be_resumed(tmp_path, model_folder, t
         if where == "copying":
             patch.setattr(export_module.shutil, "copyfile", full_disk)
         else:
-            cls = "LinearizedLlamaForCausalLM"
-            from linearize import modeling_linearized
-
-            patch.setattr(getattr(modeling_linearized, cls), "save_pretrained", full_disk_in_safetensors, raising=False)
+            cls = modeling_linearized.LinearizedLlamaForCausalLM
+            patch.setattr(cls, "save_pretrained", full_disk_in_safetensors, raising=False)
         with pytest.raises(ExportError, match="No space left on device.*give the same command again"):
             convert(recipe)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.work", "recipe.yaml"]

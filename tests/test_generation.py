@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from pico import randomise
-from test_convert import CHAT, make_tokenizer, save_model
+from test_export import CHAT, make_tokenizer, save_model
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
