@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from linearize.architecture import linearize_
 from linearize.calibrate import GATE_OFF, calibrate
 from linearize.match import MatchStage, relative_error
 from linearize.modeling_linearized import linear_attentions
 from linearize.recipe import AttentionSettings, FeatureMapSettings
 from linearize.variants import ablated_attention, softmax_attention
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def make_model(*, layers=2, attention=None, scale=3.0):

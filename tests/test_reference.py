@@ -4,16 +4,17 @@ import math
 
 import pytest
 import torch
+
 from linearize_kernels import FEATURE_MAPS, State, attention_chunked, attention_quadratic
 
 F64 = {"dtype": torch.float64}
 
 
-def make_inputs(batch=2, heads=4, groups=2, length=37, head_dim=8, map_dim=3, per="kv_head", seed=0, dtype=torch.float64):
+def make_inputs(batch=2, heads=4, groups=2, length=37, head_dim=8, map_dim=3, per="kv_head", seed=0):
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
 
     far_heads = groups if per == "kv_head" else heads
     return dict(
@@ -131,7 +132,8 @@ def test_any_split_gives_the_same_outputs_and_state(case, splits):
         state, outputs, start = None, [], 0
         for size in splits:
             part = {name: t[:, :, start : start + size] for name, t in x.items()}
-            out, state = function(**part, valid=valid[:, start : start + size], **options, state=state, return_state=True)
+            past = {"state": state, "return_state": True}
+            out, state = function(**part, valid=valid[:, start : start + size], **options, **past)
             outputs.append(out)
             start += size
         torch.testing.assert_close(torch.cat(outputs, 2), whole, rtol=1e-9, atol=1e-9)

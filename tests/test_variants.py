@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from linearize.architecture import linearize_
 from linearize.modeling_linearized import linear_attentions
 from linearize.recipe import AttentionSettings, FeatureMapSettings
 from linearize.variants import ablated_attention, equal_window, softmax_attention
-from transformers import LlamaConfig, LlamaForCausalLM
 
 TOKENS = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(0))
 

@@ -97,7 +97,8 @@ def attention_chunked(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, fe
     is_sink = torch.cat([torch.ones_like(sink_ok), local_flags(line.is_sink)], -1)[:, :, None, :]
     segment = torch.cat([sink_segment, local_flags(line.segment)], -1)[:, :, None, :]
     query_segment = line.segment[:, ring:].unflatten(1, (num_chunks, chunk))
-    distance = torch.arange(chunk, device=q.device)[:, None] + ring - torch.arange(-sinks, ring + chunk, device=q.device)
+    slots = torch.arange(-sinks, ring + chunk, device=q.device)
+    distance = torch.arange(chunk, device=q.device)[:, None] + ring - slots
     visible = usable & (distance >= 0) & (query_segment[..., None] == segment)
     exact = visible & ((distance < window) | is_sink)
     far = visible & ~exact
