@@ -246,7 +246,7 @@ class LinearizedMixin:
     def forward(self, **kwargs):
         implementation = self.config._attn_implementation
         if implementation == LINEARIZED:
-            kwargs.update(_with_context(self, **kwargs))
+            kwargs.update(with_linear_context(self, **kwargs))
         elif implementation != TEACHER:
             raise ValueError(
                 f"the attention implementation of a converted model was set to {implementation!r}, which "
@@ -334,7 +334,7 @@ def _packed_segments(position_ids, batch):
     return segments.expand(batch, -1) if segments[:, -1].any() else None
 
 
-def _with_context(model, *, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None,
+def with_linear_context(model, *, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None,
                   past_key_values=None, use_cache=None, **_):  # fmt: skip
     """The arguments of a forward call that converted layers need changed or added."""
     batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
