@@ -40,9 +40,9 @@ def calibrate(model, inputs) -> dict[int, dict[str, float]]:
         linear = layers[module.layer_idx]
         q, k, v, out = (x.float() for x in (q, k, v, out.transpose(1, 2)))
         options = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
-        per_head = [_calibrate_group(linear, g, q, k, v, out, allowed, **options) for g in range(linear.num_kv_heads)]
+        per_group = [_calibrate_group(linear, g, q, k, v, out, allowed, **options) for g in range(linear.num_kv_heads)]
         power = out.square().sum().item()
-        error, window_error = (sum(x) / power for x in zip(*per_head, strict=True))
+        error, window_error = (sum(x) / power for x in zip(*per_group, strict=True))
         report[module.layer_idx] = {"error": error, "window_error": window_error}
 
     with softmax_attention(model):
@@ -108,11 +108,11 @@ def _calibrate_group(linear, g, q, k, v, teacher, allowed, *, scaling, softcap, 
 
 def _teacher_sums(linear, q, k, v, allowed, scaling, softcap, sink_logits) -> _Group:
     index = torch.arange(q.shape[2], device=q.device)
-    rank = torch.diagonal(allowed, dim1=1, dim2=2)  # a token sees itself unless it is padding
+    present = torch.diagonal(allowed, dim1=1, dim2=2)  # a token sees itself unless it is padding
     first = allowed.long().argmax(-1)  # the first token a query may see: where its document begins
     near = index[:, None] - index < linear.window
     is_sink = (index - first[..., None] >= 0) & (index - first[..., None] < linear.sinks)
-    exact, far = allowed & (near | is_sink), allowed & ~(near | is_sink) & rank[:, :, None]
+    exact, far = allowed & (near | is_sink), allowed & ~(near | is_sink) & present[:, :, None]
     scores = scaling * q @ k[:, None].transpose(-1, -2)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -148,7 +148,7 @@ def _maps(group: _Group, linear):
 
 
 def _roots(moment):
-    """Square root and inverse square root of a symmetric matrix, directions without power left out of neither."""
+    """Square root and inverse square root of a symmetric matrix; eigenvalues count as 1e-6 of the largest at least."""
     values, vectors = torch.linalg.eigh(moment)
     values = values.clamp_min(values.max() * 1e-6)
     return (vectors * values.sqrt()) @ vectors.mT, (vectors * values.rsqrt()) @ vectors.mT

@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +40,7 @@ def convert(recipe: Recipe, *, force: bool = False) -> Path:
     Work in progress is kept in `<output folder>.work`; the same call resumes it, and `force` starts over. Raises a
     LinearizeError for whatever is the user's to mend.
     """
-    folder = recipe.output_folder
+    folder, started = recipe.output_folder, time.monotonic()
     check_free(folder, force=force)
     accelerator = _accelerator(recipe)
     work = folder.with_name(folder.name + ".work")
@@ -61,6 +62,8 @@ def convert(recipe: Recipe, *, force: bool = False) -> Path:
     report = run.report()
     if accelerator.is_main_process:
         run.export(folder, report)
+        minutes, peak = (time.monotonic() - started) / 60, peak_memory_bytes() / 1e9
+        log.say(f"took {minutes:.1f} minutes and at most {peak:.1f} GB of memory")
         log.close()
         shutil.rmtree(work)
     accelerator.wait_for_everyone()
@@ -190,7 +193,7 @@ class _Run:
         sinks = self.recipe.attention.sinks
         variants = {
             "teacher": lambda: _teacher(self.model),
-            "converted": lambda: adapters_on(self.model),
+            "converted": nullcontext,
             "far term off": lambda: ablated_attention(self.model, far=False),
             "window off": lambda: ablated_attention(self.model, window=0, sinks=0),
             "window + sinks": lambda: _untrained_window(self.model, window),
@@ -239,11 +242,6 @@ class _Run:
 def _teacher(model):
     with adapters_off(model), softmax_attention(model):
         yield
-
-
-@contextmanager
-def adapters_on(model):
-    yield
 
 
 @contextmanager
