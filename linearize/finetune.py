@@ -76,13 +76,19 @@ class FinetuneStage:
         self.model.train(backward)
         teacher = self.teacher_logits(inputs) if self.loss.kl else None
         with torch.set_grad_enabled(backward):
-            logits = self.model(**inputs, use_cache=False).logits[:, :-1]
+            with self.autocast(labels.device):
+                logits = self.model(**inputs, use_cache=False).logits[:, :-1]
             ce, kl = token_losses(logits, labels, teacher)
             loss = scale * (self.loss.ce * ce + self.loss.kl * kl)
             if backward:
                 loss.backward()
         figures = {"loss": loss.detach(), "ce": scale * ce.detach()}
         return {**figures, "kl": scale * kl.detach()} if self.loss.kl else figures
+
+    def autocast(self, device):
+        """LoRA's float32 weights multiply in the base model's dtype; the maps see to themselves in float32."""
+        dtype = self.model.dtype
+        return torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
     @torch.no_grad()
     def teacher_logits(self, inputs):

@@ -243,6 +243,22 @@ def test_the_merged_model_is_the_trained_one():
     assert relative_error(logits_of(merged, tokens), before) < 1e-5
 
 
+def test_a_bfloat16_model_trains_float32_parameters_by_bfloat16_products():
+    """LoRA and maps are float32 and get gradients; LoRA's products run in bfloat16; the loss is near float32's."""
+    losses, batch = {}, make_batch()
+    for dtype in (torch.float32, torch.bfloat16):
+        stage = make_stage(dtype=dtype, lora_noise=0.2)
+        seen = []
+        lora = next(m for name, m in stage.model.named_modules() if name.endswith("q_proj.lora_A.default"))
+        lora.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.dtype))
+        losses[dtype] = stage.run(batch, scale=1 / stage.num_terms(batch), backward=True)["loss"].item()
+        assert seen == [dtype]
+        for parameter in (p for g in stage.groups for p in g.parameters):
+            assert parameter.dtype == torch.float32 and parameter.grad.abs().max() > 0
+    assert losses[torch.bfloat16] != losses[torch.float32]
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=2e-2)
+
+
 def test_a_bfloat16_model_merges_in_float32():
     stage = make_stage(dtype=torch.bfloat16, lora_noise=0.2)
     projection = stage.model.get_submodule("base_model.model.model.layers.1.self_attn.k_proj")
