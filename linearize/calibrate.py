@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .modeling_linearized import FEATURE_MAPS, linear_attentions
+from .modeling_linearized import FEATURE_MAPS, linear_attentions, with_linear_context
 from .variants import softmax_attention
 
 GATE_OFF = -30.0  # a log weight that leaves nothing of the far term
@@ -34,7 +34,8 @@ def calibrate(model, inputs) -> dict[int, dict[str, float]]:
     with the far term off. A layer that sees no far pair in this text is left as it is.
     """
     layers, report = linear_attentions(model), {}
-    allowed = _allowed_pairs(inputs)
+    context = with_linear_context(model, **inputs, use_cache=False)["linear_context"]
+    allowed = _allowed_pairs(inputs["input_ids"], context.valid, context.segments)
 
     def observer(module, q, k, v, out, *, scaling, softcap, sink_logits, **_):
         linear = layers[module.layer_idx]
@@ -50,19 +51,16 @@ def calibrate(model, inputs) -> dict[int, dict[str, float]]:
     return dict(sorted(report.items()))
 
 
-def _allowed_pairs(inputs) -> torch.Tensor:
+def _allowed_pairs(ids, valid, segments) -> torch.Tensor:
     """[B, T, T] bool: query i may see key j at all (causal, same document, no padding)."""
-    ids = inputs["input_ids"]
     batch, length = ids.shape
     index = torch.arange(length, device=ids.device)
     allowed = (index[:, None] >= index).expand(batch, -1, -1)
-    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-    if mask is not None:
-        return allowed & mask.bool()[:, None, :] & mask.bool()[:, :, None]
-    if positions is None:
-        return allowed
-    document = torch.nn.functional.pad(positions.diff(dim=-1) != 1, [1, 0]).cumsum(-1)
-    return allowed & (document[:, :, None] == document[:, None, :])
+    if valid is not None:
+        allowed = allowed & valid[:, None, :] & valid[:, :, None]
+    if segments is not None:
+        allowed = allowed & (segments[:, :, None] == segments[:, None, :])
+    return allowed
 
 
 @dataclass

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from .architecture import linearize_
 from .calibrate import calibrate
-from .data import TokenData, build_token_data
+from .data import TokenData, build_token_data, model_inputs
 from .errors import ExportError, LinearizeError, TrainingError
 from .export import check_free, export
 from .finetune import FinetuneStage, add_lora, projection_names
@@ -28,7 +28,7 @@ from .plan import plan as plan
 from .recipe import Recipe, to_yaml
 from .run_log import RunLog, peak_memory_bytes
 from .train import train
-from .variants import ablated_attention, adapters_off, equal_window, softmax_attention
+from .variants import ablated_attention, adapters_off, equal_window, teacher
 
 REPORT_FILES = ("report.json", "report.png")
 WAIT = timedelta(days=7)  # the other processes wait while the main one tokenises, measures and writes
@@ -105,7 +105,7 @@ class _Run:
             layers.load_state_dict(load_file(path, device=str(self.accelerator.device)))
         elif count:
             batch = self.data.train.batch(range(min(count, len(self.data.train))))
-            inputs = {k: v.to(self.accelerator.device) for k, v in batch.items() if k != "labels"}
+            inputs = {k: v.to(self.accelerator.device) for k, v in model_inputs(batch).items()}
             errors = calibrate(self.model, inputs)
             means = {k: sum(e[k] for e in errors.values()) / len(errors) for k in ("error", "window_error")}
             self.log.write(stage="calibrate", **means, layers=errors)
@@ -192,7 +192,7 @@ class _Run:
         window = equal_window(self.model, dtype_bytes=self.model.dtype.itemsize)
         sinks = self.recipe.attention.sinks
         variants = {
-            "teacher": lambda: _teacher(self.model),
+            "teacher": lambda: teacher(self.model),
             "converted": nullcontext,
             "far term off": lambda: ablated_attention(self.model, far=False),
             "window off": lambda: ablated_attention(self.model, window=0, sinks=0),
@@ -212,7 +212,7 @@ class _Run:
         """Of one sequence: converted layers' states, and the KV cache of the layers that stay as they are."""
         size = self.model.dtype.itemsize
         layers = linear_attentions(self.model).values()
-        replaced = sum(2 * layer.num_kv_heads * layer.head_dim * size * length for layer in layers)
+        replaced = length * sum(layer.token_bytes(dtype_bytes=size) for layer in layers)
         return sum(layer.state_bytes(dtype_bytes=size) for layer in layers) + self._kv_bytes(length) - replaced
 
     def _kv_bytes(self, length: int) -> int:
@@ -236,12 +236,6 @@ class _Run:
             files |= {name: self.work / "report" / name for name in REPORT_FILES}
         export(self.model, self.tokenizer, folder, dtype=dtype, files=files)
         self.log.say(f'done: {folder}    next: linearize generate {folder} -p "..."')
-
-
-@contextmanager
-def _teacher(model):
-    with adapters_off(model), softmax_attention(model):
-        yield
 
 
 @contextmanager

@@ -104,6 +104,11 @@ class TokenData:
     description: str
 
 
+def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a model's forward takes of a batch of `PackedSequences`: everything but the labels."""
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
 def batch_indices(num_sequences: int, *, batch_size: int, step: int, seed: int) -> list[int]:
     """The sequences of a step's batch, from the arguments alone: a run resumes exactly, on any number of
     processes. Every epoch is a seeded permutation of all sequences; a batch may span two (or more) epochs."""

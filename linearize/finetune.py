@@ -8,10 +8,11 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D  # a linear layer with its weight transposed, as in GPT-2
 
+from .data import model_inputs
 from .errors import RecipeError
 from .modeling_linearized import LinearizedAttentionMixin, linear_attentions
 from .train import ParameterGroup
-from .variants import adapters_off, softmax_attention
+from .variants import teacher
 
 LOSS_CHUNK = 256  # tokens whose logits are taken to float32 at a time
 
@@ -71,14 +72,14 @@ class FinetuneStage:
         return int((batch["labels"][:, 1:] != -100).sum())
 
     def run(self, batch, *, scale, backward):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        inputs = model_inputs(batch)
         labels = batch["labels"][:, 1:]
         self.model.train(backward)
-        teacher = self.teacher_logits(inputs) if self.loss.kl else None
+        reference = self.teacher_logits(inputs) if self.loss.kl else None
         with torch.set_grad_enabled(backward):
             with self.autocast(labels.device):
                 logits = self.model(**inputs, use_cache=False).logits[:, :-1]
-            ce, kl = token_losses(logits, labels, teacher)
+            ce, kl = token_losses(logits, labels, reference)
             loss = scale * (self.loss.ce * ce + self.loss.kl * kl)
             if backward:
                 loss.backward()
@@ -95,7 +96,7 @@ class FinetuneStage:
         """[B, T - 1, vocabulary] of the base model: no second copy of it is needed."""
         training = self.model.training
         self.model.eval()
-        with adapters_off(self.model), softmax_attention(self.model):
+        with teacher(self.model):
             logits = self.model(**inputs, use_cache=False).logits[:, :-1]
         self.model.train(training)
         return logits

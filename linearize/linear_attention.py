@@ -96,11 +96,14 @@ class LinearAttention(nn.Module):
         ring = max(self.window - 1, 0) + extra
         return State.empty(k, v, k_far, num_features=num_features, sinks=self.sinks, ring=ring)
 
-    def state_bytes(self, *, value_dim: int | None = None, dtype_bytes: int = 2) -> int:
+    def token_bytes(self, *, dtype_bytes: int) -> int:
+        """Bytes of one token's keys and values in this layer: what a KV cache would grow by."""
+        return 2 * self.num_kv_heads * self.head_dim * dtype_bytes
+
+    def state_bytes(self, *, dtype_bytes: int) -> int:
         """Bytes that one sequence needs in this layer, with keys and values of `dtype_bytes` each."""
         far_heads, _, map_dim = self.k_map.shape
-        value_dim = value_dim or self.head_dim
         features = FEATURE_MAPS[self.feature_map].num_features(map_dim)
         ring = max(self.window - 1, 0)
-        exact = self.num_kv_heads * (self.head_dim + value_dim) * (ring + self.sinks)
-        return exact * dtype_bytes + 4 * far_heads * (features * (value_dim + 1) + map_dim * ring)
+        far = 4 * far_heads * (features * (self.head_dim + 1) + map_dim * ring)  # float32
+        return self.token_bytes(dtype_bytes=dtype_bytes) * (ring + self.sinks) + far

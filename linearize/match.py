@@ -9,6 +9,7 @@ B batch, T time, H query heads, D head dim
 
 import torch
 
+from .data import model_inputs
 from .modeling_linearized import linear_attentions, with_linear_context
 from .train import ParameterGroup
 from .variants import softmax_attention
@@ -34,7 +35,7 @@ class MatchStage:
         return batch["input_ids"].shape[0]
 
     def run(self, batch, *, scale, backward):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        inputs = model_inputs(batch)
         context = with_linear_context(self.model, **inputs, use_cache=False)["linear_context"]
         valid, segments = context.valid, context.segments
         figures = {}

@@ -335,7 +335,7 @@ def _packed_segments(position_ids, batch):
 
 
 def with_linear_context(model, *, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None,
-                  past_key_values=None, use_cache=None, **_):  # fmt: skip
+                        past_key_values=None, use_cache=None, **_):  # fmt: skip
     """The arguments of a forward call that converted layers need changed or added."""
     batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
     segments = None if attention_mask is not None else _packed_segments(position_ids, batch)

@@ -48,7 +48,7 @@ def _replacement_lines(model, layers) -> list[str]:
 def _memory_lines(recipe, model, layers) -> list[str]:
     size = 2
     state = sum(layer.state_bytes(dtype_bytes=size) for layer in layers.values())
-    per_token = sum(2 * layer.num_kv_heads * layer.head_dim * size for layer in layers.values())
+    per_token = sum(layer.token_bytes(dtype_bytes=size) for layer in layers.values())
     caches = ", ".join(f"{per_token * n / 2**20:,.1f} at {n}" for n in CONTEXTS)
     width = 4 if pick_device(recipe.run.device).type == "cpu" else 2
     weights = sum(p.numel() for p in model.parameters()) * width

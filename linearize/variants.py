@@ -45,10 +45,17 @@ def adapters_off(model):
         yield model
 
 
+@contextmanager
+def teacher(model):
+    """The model that was converted: its own weights and its softmax."""
+    with adapters_off(model), softmax_attention(model):
+        yield model
+
+
 def equal_window(model, *, dtype_bytes: int) -> int:
     """The window at which window + sinks alone takes the bytes of the converted layers' whole state (rounded up)."""
     layers = linear_attentions(model).values()
-    per_token = sum(2 * layer.num_kv_heads * layer.head_dim * dtype_bytes for layer in layers)
+    per_token = sum(layer.token_bytes(dtype_bytes=dtype_bytes) for layer in layers)
     state = sum(layer.state_bytes(dtype_bytes=dtype_bytes) for layer in layers)
     sinks = next(iter(layers)).sinks
     return -(-state // per_token) - sinks + 1

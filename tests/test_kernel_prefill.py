@@ -4,6 +4,8 @@ state.
 Without a GPU it runs in Triton's interpreter (see conftest.py), in float32.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -65,7 +67,7 @@ def check(cuts=(), **case):
     outputs, edges = [], [0, *cuts, length]
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     try:
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in itertools.pairwise(edges):
             piece = {n: x[:, :, a:b] for n, x in inputs.items()}
             out, state = attention_prefill(**piece, valid=valid[:, a:b], **options, state=state)
             outputs.append(out)
