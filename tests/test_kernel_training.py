@@ -11,11 +11,15 @@ pytest.importorskip("triton", reason="Triton is not installed")
 ON_GPU = torch.cuda.is_available()
 
 from linearize_kernels import attention, attention_quadratic, can_run  # noqa: E402
-from linearize_kernels.training import CONFIGS, Config, Tiles, attention_training  # noqa: E402
+from linearize_kernels.configs import CONFIGS, Config, SumTiles, Tiles  # noqa: E402
+from linearize_kernels.training import attention_training  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
-SMALL = Config(Tiles(32, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(32, 16, 4, 1))  # far tiles in short texts
+SMALL = Config(*[Tiles(16, 16, 16, 4, 1)] * 3, SumTiles(16, 16, 4, 1), 16)  # chunks and far tiles in short texts
+MIXED = Config(
+    Tiles(32, 16, 32, 4, 1), Tiles(16, 16, 16, 4, 1), Tiles(32, 16, 16, 4, 1), SumTiles(32, 16, 4, 1), 32
+)
 
 
 def make(length=75, batch=1, heads=2, groups=1, head_dim=16, map_dim=5, window=12, sinks=3, per="kv_head",

@@ -17,7 +17,6 @@ import torch
 from .reference import attention_reference
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
-PREFILL_FROM = 16384  # tokens from which O(T) is the faster forward (kernels/README.md)
 SHORT = 64  # fewer new tokens after a state: launches are all the time there is, and the reference sums in float32
 
 
@@ -80,7 +79,7 @@ def can_run(q, k, v, q_far, k_far, gate, **options) -> Verdict:
     from .self_test import self_test
 
     tensors = [q, k, v, q_far, k_far, gate, options.get("log_decay")]
-    needs_grad, prefills = _needs_grad(tensors), _prefills(tensors, **options)
+    needs_grad, prefills = _needs_grad(tensors), _prefills(**options)
     if prefills and needs_grad:
         return Verdict(False, "no gradients through a state in Triton")
     reason = (prefill if prefills else training).why_not(q, k, v, q_far, k_far, gate, **options)
@@ -104,22 +103,17 @@ def _needs_grad(tensors) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _prefills(tensors, *, state=None, return_state=False, segments=None, **_) -> bool:
-    """Whether the call is for the O(T) kernels: a state goes in or out, or a long text needs no gradient."""
-    if state is not None or return_state:
-        return True
-    q, k, k_far = tensors[0], tensors[1], tensors[4]
-    long = q.shape[2] >= PREFILL_FROM and k_far.shape[1] == k.shape[1]
-    return long and segments is None and not _needs_grad(tensors)
+def _prefills(*, state=None, return_state=False, **_) -> bool:
+    """Whether the call is for prefill: a state goes in or out."""
+    return state is not None or return_state
 
 
 def _triton(*tensors, feature_map, softcap, sink_logits, state, return_state, segments, **options):
     from .prefill import attention_prefill
     from .training import attention_training
 
-    checked = dict(state=state, return_state=return_state, segments=segments)
     with torch.cuda.device_of(tensors[0]):
-        if not _prefills([*tensors, options["log_decay"]], **checked):
+        if not _prefills(state=state, return_state=return_state):
             return attention_training(*tensors, **options, segments=segments), None
         out, state = attention_prefill(*tensors, **options, state=state)
         return out, state if return_state else None

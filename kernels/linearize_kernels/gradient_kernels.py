@@ -1,7 +1,7 @@
-"""The gradient Triton programs of `training`: of the query side, and of the key side.
+"""The gradient Triton programs of training: of the query side, and of the key side.
 
-B batch, T time, H query heads, G kv heads, M heads of the far term, D head dim, V value dim, d map dim;
-BM queries and BN keys a tile. See training_kernels for tiles and base-2 weights.
+B batch, T time, H query heads, G kv heads, M heads of the far term, D head dim, V value dim, d map dim, F Taylor
+features, N chunks; BM queries, BN keys and FB features a tile. See forward_kernels for tiles and base-2 weights.
 
 No product takes a transposed product as its operand: Triton 3.4 to 3.7.0 compiles that wrongly on Hopper. The
 key side computes its scores transposed from the start. All sums run in a fixed order: no atomics.
@@ -10,36 +10,51 @@ key side computes its scores transposed from the start. All sums run in a fixed 
 import triton
 import triton.language as tl
 
-from .training_kernels import UNSPECIALISED, load_tile, sees_far, store_tile, tile_ranges, visible_pairs
+from .forward_kernels import UNSPECIALISED
+from .tile_kernels import (
+    SINK_TILE,
+    gather_tile,
+    load_norms,
+    load_sums,
+    load_tile,
+    older_sums,
+    ordinary_pairs,
+    pick,
+    put,
+    query_ranges,
+    sees_far,
+    sink_pairs,
+    sink_range,
+    sink_slots,
+    store_tile,
+)
 
-KEY_UNSPECIALISED = [name for name in UNSPECIALISED if name != "num_tiles"]
+GRADIENT_UNSPECIALISED = [*UNSPECIALISED, "span", "num_chunks", "num_spans", "num_features"]
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=GRADIENT_UNSPECIALISED)
 def query_gradient_kernel(
     q, k, v, q_far, k_far, gate, log_decay, out, rest, grad, lse, delta, weight, dq, dq_far, dgate, ddecay,
-    segments, codes, has_far, first, tiles, before,
+    segments, codes, has_far, first, last, sink_list, sinks_before, columns, picks, ones, sums, norms, base_sums, base_norms,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     qf_b, qf_h, qf_t, kf_b, kf_h, kf_t, g_b, g_h, g_t, o_b, o_h, o_t,
     do_b, do_h, do_t, dq_b, dq_h, dq_t, dqf_b, dqf_h, dqf_t,
-    length, num_tiles, window, sinks, heads, group, far_group, scale, scaling,
+    length, window, sinks, heads, group, far_group, span, num_chunks, num_spans, num_features, scale, scaling,
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, FP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr, REST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, FB: tl.constexpr, FN: tl.constexpr, CHUNK: tl.constexpr,
+    SPANS: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BM queries of one head: gradients of q, q_far, gate, part of log_decay's; delta."""
+    """One tile of BM queries of one head: gradients of q, q_far, gate, part of log_decay's; delta.
+
+    With CHUNK above 0, far keys before the last whole chunk come in through their sums; then without decay.
+    """
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    q, q_far = q + b * q_b + h * q_h, q_far + b * qf_b + h * qf_h
     k, v = k + b * k_b + h // group * k_h, v + b * v_b + h // group * v_h
     k_far = k_far + b * kf_b + h // far_group * kf_h
-    segments, codes, has_far, first = (
-        segments + b * length,
-        codes + b * length,
-        has_far + b * length,
-        first + b * length,
-    )
-    tiles, before = tiles + b * num_tiles, before + b * (num_tiles + 1)
+    segments, codes, has_far = segments + b * length, codes + b * length, has_far + b * length
+    first, last = first + b * length, last + b * length
+    sink_list, sinks_before = sink_list + b * length, sinks_before + b * (length + 1)
     dtype = q.dtype.element_ty
     rows = start + tl.arange(0, BM)
     queries = rows[:, None]
@@ -48,7 +63,7 @@ def query_gradient_kernel(
     if DECAY:
         rate = tl.load(log_decay + h // far_group) * 1.4426950408889634
 
-    x_q = load_tile(q_far, qf_t, start, length, BM, F, FP)
+    x_q = load_tile(q_far + b * qf_b + h * qf_h, qf_t, start, length, BM, F, FP)
     x_grad = load_tile(grad + b * do_b + h * do_h, do_t, start, length, BM, V, VP).to(dtype)
     x_out = load_tile(out + b * o_b + h * o_h, o_t, start, length, BM, V, VP).to(tl.float32)
     if REST:
@@ -64,28 +79,34 @@ def query_gradient_kernel(
     acc_gate = tl.zeros([BM], tl.float32)
     acc_decay = tl.zeros([BM], tl.float32)
     acc_distance = tl.zeros([BM], tl.float32)
-    low, far_end, end, sinks_low, sinks_end, sink_list = tile_ranges(
-        start, length, window, sinks, first, before, num_tiles, BM, BN, PLAIN
-    )
+    chunk, low, near, inside, end = query_ranges(start, length, window, sinks, first, BM, BN, CHUNK, PLAIN)
 
-    for n in range(low - sinks_low, far_end - sinks_end):
-        if PLAIN:
-            key_start = (n + sink_list) * BN
-        else:
-            key_start = tl.load(tiles + n) * BN
-        x_k = load_tile(k_far, kf_t, key_start, length, BN, F, FP)
-        x = tl.dot(x_q, tl.trans(x_k), input_precision=PRECISION)
-        dp = tl.dot(
-            x_grad, tl.trans(load_tile(v, v_t, key_start, length, BN, V, VP)), input_precision=PRECISION
-        )
-        dp = dp - x_delta[:, None]
+    if CHUNK > 0:
+        if chunk > 0:
+            older, older_norm, base, base_norm, size, base_size, base_factor, seen = older_sums(
+                sums, norms, base_sums, base_norms, segments, rows, b * (heads // far_group) + h // far_group, chunk,
+                num_chunks, span, num_spans, num_features, 0, rate, length, V, CHUNK, PLAIN, False,
+            )  # fmt: skip
+            for n in range(0, num_features, FB):
+                left = pick(x_q, columns, ones, 0, n, FP, FN, FB, PRECISION)
+                right = pick(x_q, columns, ones, 1, n, FP, FN, FB, PRECISION)
+                summed = load_sums(older, base, n, size, base_size, base_factor, V, FB, VP, SPANS)
+                norm = load_norms(older_norm, base_norm, n, size, base_size, base_factor, FB, SPANS)
+                slopes = tl.dot(x_grad, tl.trans(summed.to(dtype)), input_precision=PRECISION)
+                slopes = (slopes - x_delta[:, None] * norm[None, :]) * seen[:, None]
+                acc_gate += tl.sum(left * right * slopes, 1)
+                acc_far = put((slopes * right).to(dtype), picks, 0, n, acc_far, FP, FN, FB, PRECISION)
+                acc_far = put((slopes * left).to(dtype), picks, 1, n, acc_far, FP, FN, FB, PRECISION)
+    for n in range(low, near):
+        key_start = n * BN
         keys = key_start + tl.arange(0, BN)[None, :]
-        factor = tl.full([BM, BN], 1.0, tl.float32)
+        x_k = load_tile(k_far, kf_t, key_start, length, BN, F, FP)
+        values = load_tile(v, v_t, key_start, length, BN, V, VP)
+        x = tl.dot(x_q, tl.trans(x_k), input_precision=PRECISION)
+        dp = tl.dot(x_grad, tl.trans(values), input_precision=PRECISION) - x_delta[:, None]
+        factor = tl.where(ordinary_pairs(queries, keys, length, sinks, segments, codes, PLAIN), 1.0, 0.0)
         if DECAY:
             factor *= tl.exp2(rate * tl.maximum(queries - keys, 0))
-        if not PLAIN:
-            visible, _ = visible_pairs(queries, keys, length, sinks, segments, codes, PLAIN)
-            factor = tl.where(visible, factor, 0.0)
         far = (1.0 + x + 0.5 * x * x) * factor
         acc_gate += tl.sum(far * dp, 1)
         if DECAY:
@@ -97,32 +118,36 @@ def query_gradient_kernel(
     acc_q = tl.zeros([BM, DP], tl.float32)
     acc_weight = tl.zeros([BM], tl.float32)
     acc_exact = tl.zeros([BM], tl.float32)
-    x_exact = load_tile(q, q_t, start, length, BM, D, DP)
-    for n in range(0, sinks_end - sinks_low + end - far_end):
-        tile = far_end + n - (sinks_end - sinks_low)
-        if n < sinks_end - sinks_low:
-            if PLAIN:
-                tile = n
-            else:
-                tile = tl.load(tiles + sink_list + sinks_low + n)
-        key_start = tile * BN
+    x_exact = load_tile(q + b * q_b + h * q_h, q_t, start, length, BM, D, DP)
+    sink_low, sink_end = sink_range(start, length, sinks, first, last, sinks_before, BM, PLAIN)
+    for n in range(sink_low, sink_end, SINK_TILE):
+        slots, is_slot = sink_slots(n, sink_end, sink_list, PLAIN)
+        x_keys = gather_tile(k, k_t, slots, is_slot, SINK_TILE, D, DP)
+        values = gather_tile(v, v_t, slots, is_slot, SINK_TILE, V, VP)
+        visible = sink_pairs(queries, slots[None, :], length, sinks, segments, codes, PLAIN) & is_slot[None, :]
+        scores = tl.dot(x_exact, tl.trans(x_keys), input_precision=PRECISION)
+        weights = tl.exp2(tl.where(visible, scores * scale, float("-inf")) - x_lse[:, None])
+        slopes = weights * (tl.dot(x_grad, tl.trans(values), input_precision=PRECISION) - x_delta[:, None])
+        acc_weight += tl.sum(weights, 1)
+        acc_exact += tl.sum(slopes, 1)
+        acc_q = tl.dot(slopes.to(dtype), x_keys, acc_q, input_precision=PRECISION)
+    for n in range(near, inside):
+        key_start = n * BN
         keys = key_start + tl.arange(0, BN)[None, :]
-        visible, sink = visible_pairs(queries, keys, length, sinks, segments, codes, PLAIN)
-        exact = visible & ((queries - keys < window) | sink)
+        visible = ordinary_pairs(queries, keys, length, sinks, segments, codes, PLAIN)
+        exact = visible & (queries - keys < window)
         x_keys = load_tile(k, k_t, key_start, length, BN, D, DP)
+        values = load_tile(v, v_t, key_start, length, BN, V, VP)
+        x_k = load_tile(k_far, kf_t, key_start, length, BN, F, FP)
         scores = tl.dot(x_exact, tl.trans(x_keys), input_precision=PRECISION)
         weights = tl.exp2(tl.where(exact, scores * scale, float("-inf")) - x_lse[:, None])
-        dp = tl.dot(
-            x_grad, tl.trans(load_tile(v, v_t, key_start, length, BN, V, VP)), input_precision=PRECISION
-        )
-        dp = dp - x_delta[:, None]
+        dp = tl.dot(x_grad, tl.trans(values), input_precision=PRECISION) - x_delta[:, None]
         slopes = weights * dp
         acc_weight += tl.sum(weights, 1)
         acc_exact += tl.sum(slopes, 1)
         acc_q = tl.dot(slopes.to(dtype), x_keys, acc_q, input_precision=PRECISION)
-        x_k = load_tile(k_far, kf_t, key_start, length, BN, F, FP)
         x = tl.dot(x_q, tl.trans(x_k), input_precision=PRECISION)
-        factor = tl.where(visible & (exact == 0), 1.0, 0.0)
+        factor = tl.where(visible & (queries - keys >= window), 1.0, 0.0)
         if DECAY:
             factor *= tl.exp2(rate * tl.maximum(queries - keys, 0))
         far = (1.0 + x + 0.5 * x * x) * factor
@@ -132,6 +157,18 @@ def query_gradient_kernel(
             acc_decay += tl.sum(far * dp, 1)
             acc_distance += tl.sum(far, 1)
         acc_far = tl.dot(((1.0 + x) * factor * dp).to(dtype), x_k, acc_far, input_precision=PRECISION)
+    for n in range(inside, end):
+        key_start = n * BN
+        keys = key_start + tl.arange(0, BN)[None, :]
+        visible = ordinary_pairs(queries, keys, length, sinks, segments, codes, PLAIN)
+        x_keys = load_tile(k, k_t, key_start, length, BN, D, DP)
+        values = load_tile(v, v_t, key_start, length, BN, V, VP)
+        scores = tl.dot(x_exact, tl.trans(x_keys), input_precision=PRECISION)
+        weights = tl.exp2(tl.where(visible, scores * scale, float("-inf")) - x_lse[:, None])
+        slopes = weights * (tl.dot(x_grad, tl.trans(values), input_precision=PRECISION) - x_delta[:, None])
+        acc_weight += tl.sum(weights, 1)
+        acc_exact += tl.sum(slopes, 1)
+        acc_q = tl.dot(slopes.to(dtype), x_keys, acc_q, input_precision=PRECISION)
 
     store_tile(dq + b * dq_b + h * dq_h, dq_t, start, length, acc_q * scaling, BM, D, DP)
     store_tile(dq_far + b * dqf_b + h * dqf_h, dqf_t, start, length, acc_far * far_weight[:, None], BM, F, FP)
@@ -145,19 +182,22 @@ def query_gradient_kernel(
         tl.store(ddecay + scalars, far_weight * (acc_decay - missed * acc_distance), mask=rows < length)
 
 
-@triton.jit(do_not_specialize=KEY_UNSPECIALISED)
+@triton.jit(do_not_specialize=GRADIENT_UNSPECIALISED)
 def key_gradient_kernel(
     q, k, v, q_far, k_far, log_decay, grad, lse, delta, weight, dk, dv, dk_far,
-    segments, codes, last,
+    segments, codes, last, columns, picks, ones, sums, norms, base_sums, base_norms,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, qf_b, qf_h, qf_t, kf_b, kf_h, kf_t,
     do_b, do_h, do_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, dkf_b, dkf_h, dkf_t,
-    length, window, sinks, heads, group, far_group, scale, scaling,
+    length, window, sinks, heads, group, far_group, span, num_chunks, num_spans, num_features, scale, scaling,
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, FP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, FB: tl.constexpr, FN: tl.constexpr, CHUNK: tl.constexpr,
+    SPANS: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BN keys of one kv head: gradients of k, v and k_far, summed over the group's query heads.
 
-    Scores are transposed, [BN, BM]. far_group query heads share one k_far: group of them, or 1.
+    Scores are transposed, [BN, BM]. far_group query heads share one k_far: group of them, or 1. With CHUNK above 0,
+    queries from the first whole chunk that all have out of their windows come in through their sums. In a plain batch
+    sinks are left out.
     """
     start = tl.program_id(0) * BN  # the longest first
     kv_heads = heads // group
@@ -168,14 +208,19 @@ def key_gradient_kernel(
     keys = rows[:, None]
     low, end = start // BM, tl.cdiv(length, BM)
     if PLAIN:
-        has_sink = start < sinks
+        has_sink = False  # sink_gradient_kernel sees to them
     else:
         code = tl.load(codes + rows, mask=rows < length, other=-1)
         has_sink = tl.max(tl.where(code >= 0, code & 1, 0), 0) > 0
         end = tl.cdiv(tl.load(last + tl.minimum(start + BN, length) - 1) + 1, BM)
-    mixed_end = tl.minimum(tl.cdiv(start + BN - 1 + window, BM), end)
-    if has_sink:
-        mixed_end = end
+    near_end = tl.minimum(tl.cdiv(start + BN - 1 + window, BM), end)
+    far_end, chunk = end, 0
+    if CHUNK > 0:
+        chunk = tl.cdiv(start + BN - 1 + window, CHUNK)
+        far_end = tl.minimum(chunk * (CHUNK // BM), end)
+        near_end = tl.minimum(near_end, far_end)
+    # Tiles of queries that have all these keys in their windows.
+    inside_end = tl.minimum(tl.maximum((start + window) // BM, low), near_end)
 
     x_keys = load_tile(k + b * k_b + g * k_h, k_t, start, length, BN, D, DP)
     values = load_tile(v + b * v_b + g * v_h, v_t, start, length, BN, V, VP)
@@ -195,24 +240,41 @@ def key_gradient_kernel(
             grad + b * do_b + h * do_h,
         )
         scalars = (b * heads + h) * length
-        for tile in range(low, mixed_end):
-            columns = tile * BM + tl.arange(0, BM)
-            queries = columns[None, :]
-            inside = columns < length
-            visible, sink = visible_pairs(queries, keys, length, sinks, segments, codes, PLAIN)
-            exact = visible & ((queries - keys < window) | sink)
-            x_lse = tl.load(lse + scalars + columns, mask=inside, other=float("inf"))
-            x_delta = tl.load(delta + scalars + columns, mask=inside, other=0.0)
-            far_weight = tl.load(weight + scalars + columns, mask=inside, other=0.0)
+        exact_end = inside_end
+        if has_sink:
+            exact_end = end
+        for tile in range(low, exact_end):
+            spots = tile * BM + tl.arange(0, BM)
+            visible = sink_pairs(spots[None, :], keys, length, sinks, segments, codes, PLAIN)
+            ordinary = ordinary_pairs(spots[None, :], keys, length, sinks, segments, codes, PLAIN)
+            visible |= ordinary & (tile < inside_end)
+            x_lse = tl.load(lse + scalars + spots, mask=spots < length, other=float("inf"))
+            x_delta = tl.load(delta + scalars + spots, mask=spots < length, other=0.0)
             x_exact = load_tile(head_q, q_t, tile * BM, length, BM, D, DP)
+            x_grad = load_tile(head_grad, do_t, tile * BM, length, BM, V, VP).to(dtype)
+            scores = tl.dot(x_keys, tl.trans(x_exact), input_precision=PRECISION)
+            weights = tl.exp2(tl.where(visible, scores * scale, float("-inf")) - x_lse[None, :])
+            acc_v = tl.dot(weights.to(dtype), x_grad, acc_v, input_precision=PRECISION)
+            dp = tl.dot(values, tl.trans(x_grad), input_precision=PRECISION) - x_delta[None, :]
+            acc_k = tl.dot((weights * dp).to(dtype), x_exact, acc_k, input_precision=PRECISION)
+        for tile in range(inside_end, near_end):
+            spots = tile * BM + tl.arange(0, BM)
+            queries = spots[None, :]
+            inside = spots < length
+            visible = ordinary_pairs(queries, keys, length, sinks, segments, codes, PLAIN)
+            exact = visible & (queries - keys < window)
+            x_lse = tl.load(lse + scalars + spots, mask=inside, other=float("inf"))
+            x_delta = tl.load(delta + scalars + spots, mask=inside, other=0.0)
+            far_weight = tl.load(weight + scalars + spots, mask=inside, other=0.0)
+            x_exact = load_tile(head_q, q_t, tile * BM, length, BM, D, DP)
+            x_grad = load_tile(head_grad, do_t, tile * BM, length, BM, V, VP).to(dtype)
             scores = tl.dot(x_keys, tl.trans(x_exact), input_precision=PRECISION)
             weights = tl.exp2(tl.where(exact, scores * scale, float("-inf")) - x_lse[None, :])
             x_q = load_tile(head_far, qf_t, tile * BM, length, BM, F, FP)
             x = tl.dot(x_k, tl.trans(x_q), input_precision=PRECISION)
-            factor = tl.where(visible & (exact == 0), far_weight[None, :], 0.0)
+            factor = tl.where(visible & (queries - keys >= window), far_weight[None, :], 0.0)
             if DECAY:
                 factor *= tl.exp2(rate * tl.maximum(queries - keys, 0))
-            x_grad = load_tile(head_grad, do_t, tile * BM, length, BM, V, VP).to(dtype)
             both = (weights + factor * (1.0 + x + 0.5 * x * x)).to(dtype)
             acc_v = tl.dot(both, x_grad, acc_v, input_precision=PRECISION)
             dp = tl.dot(values, tl.trans(x_grad), input_precision=PRECISION) - x_delta[None, :]
@@ -235,28 +297,93 @@ def key_gradient_kernel(
             rate = tl.load(log_decay + far_head) * 1.4426950408889634
         head_far, head_grad = q_far + b * qf_b + h * qf_h, grad + b * do_b + h * do_h
         scalars = (b * heads + h) * length
-        for tile in range(mixed_end, end):
-            columns = tile * BM + tl.arange(0, BM)
-            queries = columns[None, :]
-            inside = columns < length
-            x_delta = tl.load(delta + scalars + columns, mask=inside, other=0.0)
-            far_weight = tl.load(weight + scalars + columns, mask=inside, other=0.0)
+        for tile in range(near_end, far_end):
+            spots = tile * BM + tl.arange(0, BM)
+            queries = spots[None, :]
+            inside = spots < length
+            x_delta = tl.load(delta + scalars + spots, mask=inside, other=0.0)
+            far_weight = tl.load(weight + scalars + spots, mask=inside, other=0.0)
             x_q = load_tile(head_far, qf_t, tile * BM, length, BM, F, FP)
             x = tl.dot(x_k, tl.trans(x_q), input_precision=PRECISION)
             x_grad = load_tile(head_grad, do_t, tile * BM, length, BM, V, VP).to(dtype)
-            factor = tl.broadcast_to(far_weight[None, :], [BN, BM])
-            if not PLAIN:
-                visible, _ = visible_pairs(queries, keys, length, sinks, segments, codes, PLAIN)
-                factor = tl.where(visible, factor, 0.0)
+            visible = ordinary_pairs(queries, keys, length, sinks, segments, codes, PLAIN)
+            factor = tl.where(visible, far_weight[None, :], 0.0)
             if DECAY:
                 factor *= tl.exp2(rate * tl.maximum(queries - keys, 0))
             weights = (factor * (1.0 + x + 0.5 * x * x)).to(dtype)
             acc_v = tl.dot(weights, x_grad, acc_v, input_precision=PRECISION)
             dp = tl.dot(values, tl.trans(x_grad), input_precision=PRECISION) - x_delta[None, :]
             acc_far = tl.dot((factor * (1.0 + x) * dp).to(dtype), x_q, acc_far, input_precision=PRECISION)
+        if CHUNK > 0:
+            if ((head + 1) % far_group == 0) & (far_end < end):
+                boundary = chunk * CHUNK
+                s = boundary // span
+                place = b * (heads // far_group) + far_head
+                row, base = (place * num_chunks + chunk) * num_features, (place * num_spans + s) * num_features
+                base_size = tl.where(s + 1 < num_spans, num_features, 0)
+                if PLAIN:
+                    usable = rows >= sinks
+                else:
+                    segment = tl.load(segments + boundary)
+                    usable = tl.load(codes + rows, mask=rows < length, other=-1) == 2 * segment
+                    same = tl.load(segments + tl.minimum((s + 1) * span, length - 1)) == segment
+                    base_size = tl.where(same, base_size, 0)
+                seen = tl.where(usable, 1.0, 0.0)
+                for n in range(0, num_features, FB):
+                    left = pick(x_k, columns, ones, 0, n, FP, FN, FB, PRECISION)
+                    right = pick(x_k, columns, ones, 1, n, FP, FN, FB, PRECISION)
+                    summed = load_sums(sums + row * V, base_sums + base * V, n, num_features, base_size, 1.0, V, FB, VP,
+                                       SPANS).to(dtype)  # fmt: skip
+                    norm = load_norms(norms + row, base_norms + base, n, num_features, base_size, 1.0, FB, SPANS)
+                    features = (left * right * seen[:, None]).to(dtype)
+                    acc_v = tl.dot(features, summed, acc_v, input_precision=PRECISION)
+                    slopes = tl.dot(values, tl.trans(summed), input_precision=PRECISION) + norm[None, :]
+                    slopes *= seen[:, None]
+                    acc_far = put((slopes * right).to(dtype), picks, 0, n, acc_far, FP, FN, FB, PRECISION)
+                    acc_far = put((slopes * left).to(dtype), picks, 1, n, acc_far, FP, FN, FB, PRECISION)
         if far_group < group:
             store_tile(dk_far + b * dkf_b + far_head * dkf_h, dkf_t, start, length, acc_far, BN, F, FP)
 
     store_tile(dv + b * dv_b + g * dv_h, dv_t, start, length, acc_v, BN, V, VP)
     if far_group == group:
         store_tile(dk_far + b * dkf_b + g * dkf_h, dkf_t, start, length, acc_far, BN, F, FP)
+
+
+@triton.jit(do_not_specialize=["length", "span", "sinks", "heads", "group"])
+def sink_gradient_kernel(
+    q, k, v, grad, lse, delta, dk, dv,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, length, span, sinks, heads, group, scale, scaling,
+    D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sixteen sinks of one kv head of a plain batch, for `span` queries: parts of their gradients.
+
+    dk [S, B * G, sinks, D] and dv [S, B * G, sinks, V] float32, one part a span: every query sees the sinks, so that
+    one program for all of them would take as long as the text.
+    """
+    s, bg, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    kv_heads, first = heads // group, tl.program_id(2) * SINK_TILE
+    b, g = (bg // kv_heads).to(tl.int64), (bg % kv_heads).to(tl.int64)
+    dtype = q.dtype.element_ty
+    keys = (first + tl.arange(0, SINK_TILE))[:, None]
+    x_keys = load_tile(k + b * k_b + g * k_h, k_t, first, sinks, SINK_TILE, D, DP)
+    values = load_tile(v + b * v_b + g * v_h, v_t, first, sinks, SINK_TILE, V, VP)
+    acc_k = tl.zeros([SINK_TILE, DP], tl.float32)
+    acc_v = tl.zeros([SINK_TILE, VP], tl.float32)
+    for head in range(group):
+        h = g * group + head
+        scalars = (b * heads + h) * length
+        for start in range(s * span, tl.minimum((s + 1) * span, length), BM):
+            spots = start + tl.arange(0, BM)
+            x_lse = tl.load(lse + scalars + spots, mask=spots < length, other=float("inf"))
+            x_delta = tl.load(delta + scalars + spots, mask=spots < length, other=0.0)
+            x_exact = load_tile(q + b * q_b + h * q_h, q_t, start, length, BM, D, DP)
+            x_grad = load_tile(grad + b * do_b + h * do_h, do_t, start, length, BM, V, VP).to(dtype)
+            scores = tl.dot(x_keys, tl.trans(x_exact), input_precision=PRECISION) * scale
+            visible = (spots[None, :] >= keys) & (keys < sinks)
+            weights = tl.exp2(tl.where(visible, scores, float("-inf")) - x_lse[None, :])
+            acc_v = tl.dot(weights.to(dtype), x_grad, acc_v, input_precision=PRECISION)
+            dp = tl.dot(values, tl.trans(x_grad), input_precision=PRECISION) - x_delta[None, :]
+            acc_k = tl.dot((weights * dp).to(dtype), x_exact, acc_k, input_precision=PRECISION)
+    part = (s * num_heads + bg).to(tl.int64) * sinks
+    store_tile(dk + part * D, D, first, sinks, acc_k * scaling, SINK_TILE, D, DP)
+    store_tile(dv + part * V, V, first, sinks, acc_v, SINK_TILE, V, VP)
