@@ -6,8 +6,9 @@ for matrix products.
 
 A program owns VB columns of one kv head's state, and its own copy of the normaliser and of the token counter,
 so that no program waits for another. Scores are recomputed by each of them: keys are few and stay in the L2
-cache. What counts is how long one program's chain of dependent steps is: the sum is read by plain
-multiply-adds, straight from memory to registers, and everything else is one softmax.
+cache. What counts is how long one program's chain of dependent steps is. The sum is read by plain
+multiply-adds, straight from memory to registers; everything else is one softmax, with slots in rows and heads
+in columns, so that warps share the slots.
 
 Features of the sum, by number f (P = d(d + 1) / 2 pairs): f < P the pair (i, (i + s) % d) with i = f % d and
 s = f // d, then d entries alone, then the constant. Found by arithmetic, each pair stands once. Queries have
@@ -144,7 +145,6 @@ def decode_kernel(
     ring_far += bg * RING * DIM
     ring_kind += bg * RING
     q_far += b * qf_b + g * GROUP * qf_h
-    dtype = q.dtype.element_ty
 
     now = tl.load(position + own)  # this token's number; a token lies in ring slot number % RING
     length = now + tl.load(offset + b)  # tokens before this one that are not padding
@@ -154,16 +154,16 @@ def decode_kernel(
     column = split * VB + tl.arange(0, VB)
     dim, far_dim = tl.arange(0, DP), tl.arange(0, FP)
     is_dim, is_far, is_column = dim < D, far_dim < DIM, column < V
+    far_gate = tl.load(gate + b * g_b + h * g_h, mask=is_head, other=0.0).to(tl.float32) * LOG2E
     queries = tl.load(
-        q + b * q_b + h[:, None] * q_h + dim[None, :], mask=is_head[:, None] & is_dim[None, :], other=0.0
+        q + b * q_b + h[None, :] * q_h + dim[:, None], mask=is_head[None, :] & is_dim[:, None], other=0.0
     )
     x_q = tl.load(
-        q_far + head[:, None] * qf_h + far_dim[None, :], mask=is_head[:, None] & is_far[None, :], other=0.0
+        q_far + head[None, :] * qf_h + far_dim[:, None], mask=is_head[None, :] & is_far[:, None], other=0.0
     )
     new_k = tl.load(k + b * k_b + g * k_h + dim, mask=is_dim, other=0.0)
     new_v = tl.load(v + b * v_b + g * v_h + column, mask=is_column, other=0.0)
     new_far = tl.load(k_far + b * kf_b + g * kf_h + far_dim, mask=is_far, other=0.0)
-    far_gate = tl.load(gate + b * g_b + h * g_h, mask=is_head, other=0.0).to(tl.float32) * LOG2E
     count = tl.load(norm + NUM_FEATURES - 1)  # above 0 where anything was folded
     rate = 0.0
     if DECAY:
@@ -171,7 +171,7 @@ def decode_kernel(
 
     folded = tl.maximum(now - WINDOW + 1, 0) // FOLD * FOLD  # older tokens are in `total`
     few_acc, few_total = _read_sum(total, norm, q_far, qf_h, split, GROUP, V, DIM, HP, VB, FB, UNROLL)
-    far_acc = tl.reshape(tl.broadcast_to(few_acc[None, :, :], [M // HP, HP, VB]), [M, VB])
+    far_acc = tl.reshape(tl.broadcast_to(tl.trans(few_acc)[:, None, :], [VB, M // HP, HP]), [VB, M])
     far_total = tl.reshape(tl.broadcast_to(few_total[None, :], [M // HP, HP]), [M])
     if DECAY:
         fade = tl.exp2(rate * (now - folded - WINDOW + 1))
@@ -179,12 +179,12 @@ def decode_kernel(
         far_total *= fade
 
     # One softmax in base 2: first this token and the sum, whose score is the gate.
-    score = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
+    score = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[:, None], 0) * scale
     sum_score = tl.where(count > 0, far_gate, float("-inf"))
     shift = tl.maximum(score, sum_score)
     weight, far_weight = tl.exp2(score - shift), tl.exp2(sum_score - shift)
     denominator = weight + far_weight * far_total
-    acc = weight[:, None] * new_v.to(tl.float32)[None, :] + far_weight[:, None] * far_acc
+    acc = weight[None, :] * new_v.to(tl.float32)[:, None] + far_weight[None, :] * far_acc
 
     # Then sinks and ring: the window by q·k, older tokens that are not folded yet by gate + log T(x).
     new_slot = now % RING
@@ -211,22 +211,23 @@ def decode_kernel(
             other=0.0,
         )
         usable = tl.load(ring_kind + slot, mask=wanted_token, other=0) == 1
-        scores = tl.dot(queries, tl.trans(old_k), input_precision=PRECISION) * scale
-        x = tl.dot(x_q.to(tl.float32), tl.trans(x_k.to(tl.float32)), input_precision=PRECISION)
-        far = far_gate[:, None] + tl.log2(0.5 * (1.0 + x) * (1.0 + x) + 0.5)
+        scores = tl.dot(old_k, queries, input_precision=PRECISION) * scale  # [RB, M]
+        x = tl.dot(x_k.to(tl.float32), x_q.to(tl.float32), input_precision=PRECISION)
+        far = far_gate[None, :] + tl.log2(0.5 * (1.0 + x) * (1.0 + x) + 0.5)
         if DECAY:
-            far += (rate * age)[None, :]
-        scores = tl.where((is_token & (age >= WINDOW))[None, :], far, scores)
-        scores = tl.where((is_sink | (is_token & usable))[None, :], scores, float("-inf"))
-        new_shift = tl.maximum(shift, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_shift[:, None])
+            far += (rate * age)[:, None]
+        scores = tl.where((is_token & (age >= WINDOW))[:, None], far, scores)
+        scores = tl.where((is_sink | (is_token & usable))[:, None], scores, float("-inf"))
+        new_shift = tl.maximum(shift, tl.max(scores, 0))
+        weights = tl.exp2(scores - new_shift[None, :])
         rescale = tl.exp2(shift - new_shift)
-        denominator = denominator * rescale + tl.sum(weights, 1)
-        acc = acc * rescale[:, None] + tl.dot(weights.to(dtype), old_v, input_precision=PRECISION)
+        denominator = denominator * rescale + tl.sum(weights, 0)
+        new = tl.dot(tl.trans(old_v), weights.to(old_v.dtype), input_precision=PRECISION)  # [VB, M]
+        acc = acc * rescale[None, :] + new
         shift = new_shift
-    out_at = out + b * o_b + h[:, None] * o_h + column[None, :]
-    result = acc / denominator[:, None]
-    tl.store(out_at, result.to(dtype), mask=is_head[:, None] & is_column[None, :])
+    out_at = out + b * o_b + h[None, :] * o_h + column[:, None]
+    result = (acc / denominator[None, :]).to(out.dtype.element_ty)
+    tl.store(out_at, result, mask=is_head[None, :] & is_column[:, None])
 
     # The token enters the ring, and the sinks where the text is that short.
     tl.store(values + (SINKS + new_slot) * V + column, new_v, mask=is_column)
