@@ -1,17 +1,18 @@
 """One token of a layer in one launch, on a memory of static shape: made to be captured in a CUDA graph.
 
 B batch, H query heads, G kv heads, D head dim, V value dim, d map dim, F Taylor features, n sinks, w window,
-R = w + 63 ring slots, N splits of the value columns
+R = w + 31 ring slots, N splits of the value columns
 
 The same function as `attention_quadratic` at T = 1 with a `State`, kept differently. Tokens lie in a ring
-where they came, and are folded into the sum 64 at a time, so that the sum is read every token and written
-once in 64 tokens. Until then they count by T(x) itself. Counters live on the device; nothing is allocated but
-the output.
+where they came, and are folded into the sum 32 at a time, so that the sum is read every token and written
+once in 32 tokens (64 would write it less and read more ring). Until then they count by T(x) itself. Counters
+live on the device; nothing is allocated but the output.
 """
 
 import functools
 import math
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,9 +20,8 @@ import triton
 from . import decode_kernels as kernels
 from .state import State
 
-FOLD = 64  # as in decode_kernels
+FOLD = 32  # as in decode_kernels
 DTYPES = (torch.float32, torch.bfloat16)
-LAUNCH = dict(RB=32, FB=32, num_warps=4, num_stages=3)  # ring slots and features at once
 TARGET_PROGRAMS = 264  # enough to fill a large GPU; fewer splits recompute fewer scores
 
 
@@ -29,17 +29,14 @@ TARGET_PROGRAMS = 264  # enough to fill a large GPU; fewer splits recompute fewe
 class DecodeState:
     """What a layer remembers, of static shape; `decode` moves it on in place."""
 
-    total: torch.Tensor  # [B, G, F, V] float32 or bfloat16, features(k_far) ⊗ v of folded tokens
+    total: torch.Tensor  # [B, G, F, V] float32 or bfloat16, features(k_far) ⊗ v of folded tokens; see feature_order
     norm: torch.Tensor  # [B, G, N, F] float32, the same with 1 for v; one copy a split
-    sink_k: torch.Tensor  # [B, G, n, D]
-    sink_v: torch.Tensor  # [B, G, n, V]
-    ring_k: torch.Tensor  # [B, G, R, D] token t in slot t % R
-    ring_v: torch.Tensor  # [B, G, R, V]
+    keys: torch.Tensor  # [B, G, n + R, D] the sinks, then the ring: token t in slot t % R
+    values: torch.Tensor  # [B, G, n + R, V]
     ring_far: torch.Tensor  # [B, G, R, d]
     ring_kind: torch.Tensor  # [B, G, R] int8: 0 nothing or padding, 1 an ordinary token, 2 a sink
     position: torch.Tensor  # [B, G, N] int32, tokens put in so far (w - 1 at the start); one copy a split
     offset: torch.Tensor  # [B] int32, tokens seen that are not padding, minus position
-    pairs: torch.Tensor  # [2, F] int32, see feature_pairs
     window: int
 
     @classmethod
@@ -53,7 +50,6 @@ class DecodeState:
         """
         batch, groups, ring, head_dim = state.ring_k.shape
         far_heads, value_dim = state.total.shape[1], state.ring_v.shape[-1]
-        map_dim = state.ring_far.shape[-1]
         if ring != window - 1 or window < 2 or far_heads != groups:
             raise ValueError(
                 f"a state with {ring} ring slots and {far_heads} far heads; one-launch decoding needs "
@@ -65,27 +61,29 @@ class DecodeState:
         def widen(x):  # [B, G, P, size] -> [B, G, R, size]
             return torch.nn.functional.pad(x, [0, 0, 0, slots - ring]).contiguous()
 
+        def join(sinks, ring):
+            return torch.cat([sinks, widen(ring)], 2)
+
+        order, weight = feature_order(state.ring_far.shape[-1], state.total.device)
+        total = state.total[:, :, order] * weight[:, None]
         kind = state.ring_valid.to(torch.int8) * 2 - state.ring_usable.to(torch.int8)
         kind = torch.nn.functional.pad(kind, [0, slots - ring])[:, None].expand(-1, groups, -1)
         return cls(
-            total=state.total[..., :-1].to(dtype).contiguous(),
-            norm=state.total[..., -1].float()[:, :, None].expand(-1, -1, splits, -1).contiguous(),
-            sink_k=state.sink_k.clone(memory_format=torch.contiguous_format),
-            sink_v=state.sink_v.clone(memory_format=torch.contiguous_format),
-            ring_k=widen(state.ring_k),
-            ring_v=widen(state.ring_v),
+            total=total[..., :-1].to(dtype).contiguous(),
+            norm=total[..., -1].float()[:, :, None].expand(-1, -1, splits, -1).contiguous(),
+            keys=join(state.sink_k, state.ring_k),
+            values=join(state.sink_v, state.ring_v),
             ring_far=widen(state.ring_far),
             ring_kind=kind.contiguous(),
             position=torch.full((batch, groups, splits), ring, dtype=torch.int32, device=state.total.device),
             offset=(state.length - ring).to(torch.int32),
-            pairs=feature_pairs(map_dim, state.total.device),
             window=window,
         )
 
     def to_state(self, *, log_decay=None) -> State:
         """The memory as a `State` with a ring of R - 1 slots. log_decay [G]: as given to `decode`."""
         now = self.position[:, 0, 0].long()  # [B]
-        slots, splits = self.ring_k.shape[2], self.norm.shape[2]
+        slots, sinks = self.ring_far.shape[2], self.num_sinks
         tokens = now[:, None] - torch.arange(slots - 1, 0, -1, device=now.device)  # [B, R - 1], oldest first
         folded = (now - self.window + 1).clamp_min(0) // FOLD * FOLD
         kind = self.ring_kind[:, 0].gather(1, tokens % slots)
@@ -95,21 +93,26 @@ class DecodeState:
             index = (tokens % slots)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
             return x.gather(2, index)
 
-        assert splits == self.position.shape[2]
-        total = torch.cat([self.total.float(), self.norm[:, :, 0, :, None]], -1)
+        order, weight = feature_order(self.ring_far.shape[-1], self.total.device)
+        total = torch.cat([self.total.float(), self.norm[:, :, 0, :, None]], -1) / weight[:, None]
+        total = total[:, :, order.argsort()]
         if log_decay is not None:
             age = (now - folded - self.window + 1)[:, None]  # [B, 1]
             total = total * torch.exp(log_decay.float() * age)[..., None, None]
         return State(
             total=total,
-            sink_k=self.sink_k.clone(),
-            sink_v=self.sink_v.clone(),
-            ring_k=newest(self.ring_k),
-            ring_v=newest(self.ring_v),
+            sink_k=self.keys[:, :, :sinks].clone(),
+            sink_v=self.values[:, :, :sinks].clone(),
+            ring_k=newest(self.keys[:, :, sinks:]),
+            ring_v=newest(self.values[:, :, sinks:]),
             ring_far=newest(self.ring_far),
             ring_valid=valid,
             length=now + self.offset,
         )
+
+    @property
+    def num_sinks(self) -> int:
+        return self.keys.shape[2] - self.ring_far.shape[2]
 
     def num_bytes(self) -> int:
         """Bytes of all tensors, the whole batch."""
@@ -117,36 +120,71 @@ class DecodeState:
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def decode(q, k, v, q_far, k_far, gate, state: DecodeState, *, scaling, log_decay=None, out=None):
+def decode(
+    q, k, v, q_far, k_far, gate, state: DecodeState, *, scaling, log_decay=None, out=None, launch=None
+):
     """Hybrid attention of one new token a row, after what `state` holds; `state` is changed in place.
 
     q [B, H, 1, D], k [B, G, 1, D], v [B, G, 1, V] of one dtype (float32 or bfloat16), q_far [B, H, 1, d],
     k_far [B, G, 1, d], gate [B, H, 1], log_decay [G] float32: as in `attention_quadratic`. No token is
-    padding. out: where the result [B, H, 1, V] goes, or None for a new tensor. Returns it. Not
-    differentiable.
+    padding. out: where the result [B, H, 1, V] goes, or None for a new tensor. launch: a `Launch` instead of
+    the chosen one, to measure. Returns it. Not differentiable.
     """
+    if out is None:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch)
+    return out
+
+
+def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch=None):
+    """`decode` into `out`; returns what Triton's launch does: the compiled kernel, with its registers."""
     batch, heads, _, head_dim = q.shape
     groups, value_dim, map_dim = k.shape[1], v.shape[-1], q_far.shape[-1]
     reason = why_not(q, k, v, q_far, k_far)
     assert not reason, reason
     q, k, v, q_far, k_far = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, q_far, k_far))
-    if out is None:
-        out = q.new_empty(batch, heads, 1, value_dim)
-    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
-    splits, sinks = state.position.shape[2], state.sink_k.shape[2]
-    kernels.decode_kernel[(splits, batch * groups)](
+    splits, group = state.position.shape[2], heads // groups
+    columns = _pad(-(-value_dim // splits))
+    rows = state.keys.shape[2]
+    launch = launch or choose_launch(batch * groups * splits, rows, head_dim, columns, group, q.dtype)
+    return kernels.decode_kernel[(splits, batch * groups)](
         q, k, v, q_far, k_far, gate, gate if log_decay is None else log_decay, out,
-        state.total, state.norm, state.sink_k, state.sink_v, state.ring_k, state.ring_v, state.ring_far,
-        state.ring_kind, state.position, state.offset, state.pairs,
+        state.total, state.norm, state.keys, state.values, state.ring_far, state.ring_kind,
+        state.position, state.offset,
         *[s for x in (q, k, v, q_far, k_far, gate, out) for s in x.stride()[:2]],
-        state.window, state.ring_k.shape[2], sinks, heads // groups, heads, state.total.shape[2],
-        scaling * math.log2(math.e),
-        D=head_dim, V=value_dim, DIM=map_dim, DP=_pad(head_dim), FP=_pad(map_dim),
-        VB=_pad(-(-value_dim // splits)),
-        SINKS=_pad(sinks + 1), HP=16, DECAY=log_decay is not None,
-        PRECISION=precision, SUM_PRECISION=precision, **LAUNCH,
+        groups, scaling * math.log2(math.e),
+        GROUP=group, WINDOW=state.window, SINKS=state.num_sinks, D=head_dim, V=value_dim, DIM=map_dim,
+        DP=_pad(head_dim), FP=_pad(map_dim), HP=triton.next_power_of_2(group), VB=columns,
+        DECAY=log_decay is not None, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+        **launch._asdict(),
     )  # fmt: skip
-    return out
+
+
+class Launch(NamedTuple):
+    """How a program does its work; RB, FB, UNROLL and EAGER as in decode_kernels."""
+
+    RB: int  # slots of sinks and ring at once
+    FB: int  # features at once
+    UNROLL: int  # blocks of features without a loop
+    EAGER: bool  # read unwanted slots too, and so without waiting for the counter
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def choose_launch(programs: int, rows: int, head_dim: int, columns: int, group: int, dtype) -> Launch:
+    """The launch for `programs` programs of `columns` value columns, `rows` sinks and ring slots.
+
+    Few programs: latency counts, everything is read at once. Many: registers count, so that three programs
+    share a multiprocessor, and unwanted slots are not read.
+    """
+    few = programs <= TARGET_PROGRAMS
+    widest = 2**15 // (_pad(max(head_dim, columns)) * dtype.itemsize)  # a tile of 32 KB
+    slots = max(16, min(_pad(rows), widest))
+    warps = 8 if slots * _pad(head_dim) * dtype.itemsize > 2**14 else 4
+    features = max(4, 128 * warps // columns)  # 16 bytes a thread
+    if triton.next_power_of_2(group) * features * columns > 64 * 32 * warps:  # sums of a thread
+        features = max(1, features // 2)
+    return Launch(slots, features, 8 if columns <= 32 else 4, few, warps)
 
 
 def why_not(q, k, v, q_far, k_far) -> str:
@@ -167,6 +205,24 @@ def why_not(q, k, v, q_far, k_far) -> str:
 
 
 @functools.cache
+def feature_order(map_dim: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each feature of decode_kernels' order stands in `Taylor.expand`'s, [F], and a weight [F].
+
+    Rows of a `State`'s sum, times the weight, are rows of `DecodeState.total`: there a square's 1/2 stands
+    with the keys alone.
+    """
+    i, j = torch.triu_indices(map_dim, map_dim)
+    place = torch.empty(map_dim, map_dim, dtype=torch.long)
+    place[i, j] = place[j, i] = 1 + map_dim + torch.arange(len(i))
+    pair = torch.arange(len(i))
+    left = pair % map_dim
+    order = [place[left, (left + pair // map_dim) % map_dim], 1 + torch.arange(map_dim), torch.tensor([0])]
+    weight = torch.ones(1 + map_dim + len(i))
+    weight[:map_dim] = 0.5**0.5  # the squares
+    return torch.cat(order).to(device), weight.to(device)
+
+
+@functools.cache
 def feature_pairs(map_dim: int, device) -> torch.Tensor:
     """[2, F] int32: the two entries of x whose product is a feature, as `Taylor.expand` orders; d means 1."""
     i, j = torch.triu_indices(map_dim, map_dim)
@@ -177,7 +233,7 @@ def feature_pairs(map_dim: int, device) -> torch.Tensor:
 
 def choose_splits(num_heads: int, value_dim: int) -> int:
     """Programs a kv head: doubled until the GPU is full or a program has 16 columns."""
-    splits = 1
+    splits = max(1, _pad(value_dim) // 128)
     while splits * num_heads < TARGET_PROGRAMS and _pad(value_dim) // (2 * splits) >= 16:
         splits *= 2
     return splits

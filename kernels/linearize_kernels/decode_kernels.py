@@ -1,17 +1,25 @@
 """The Triton program of `decode`: everything a layer does for one token, in one launch.
 
 B batch, H query heads, G kv heads, D head dim, V value dim, d map dim, F Taylor features, R ring slots, n
-sinks; VB value columns of one program, HP query heads of a group, padded to 16.
+sinks; VB value columns of one program, HP heads of a group padded to a power of two, M = 16 the same padded
+for matrix products.
 
 A program owns VB columns of one kv head's state, and its own copy of the normaliser and of the token counter,
 so that no program waits for another. Scores are recomputed by each of them: keys are few and stay in the L2
-cache.
+cache. What counts is how long one program's chain of dependent steps is. The sum is read by plain
+multiply-adds, straight from memory to registers; everything else is one softmax, with slots in rows and heads
+in columns, so that warps share the slots.
+
+Features of the sum, by number f (P = d(d + 1) / 2 pairs): f < P the pair (i, (i + s) % d) with i = f % d and
+s = f // d, then d entries alone, then the constant. Found by arithmetic, each pair stands once. Queries have
+weight 1; keys weight 1/2 for squares.
 """
 
 import triton
 import triton.language as tl
 
-FOLD = tl.constexpr(64)  # tokens folded at once
+FOLD = tl.constexpr(32)  # tokens folded at once
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -32,180 +40,208 @@ def taylor_features(x, stride, pairs, rows, is_row, feature, num_features, DIM: 
 
 
 @triton.jit
-def _exact(scores, values, shift, total, acc, PRECISION: tl.constexpr):
-    """One block of an online softmax in base 2: scores [HP, N] (-inf: unseen), values [N, VB]."""
-    new_shift = tl.maximum(shift, tl.max(scores, 1))
-    finite = tl.where(new_shift == float("-inf"), 0.0, new_shift)
-    weights = tl.exp2(scores - finite[:, None])
-    rescale = tl.exp2(shift - finite)
-    acc = acc * rescale[:, None]
-    acc += tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
-    return new_shift, total * rescale + tl.sum(weights, 1), acc
+def _entries(x, feature, present, DIM: tl.constexpr):
+    """The two entries of x whose product is a feature (1 where there is none), float32; not weighted.
+
+    x: pointers to rows, feature: numbers, present: which rows there are; shaped to broadcast.
+    """
+    PAIRS: tl.constexpr = DIM * (DIM + 1) // 2
+    is_pair = feature < PAIRS
+    i = tl.where(is_pair, feature % DIM, feature - PAIRS)
+    j = (i + feature // DIM) % DIM
+    left = tl.load(x + i, mask=present & (feature < PAIRS + DIM), other=1.0)
+    right = tl.load(x + j, mask=present & is_pair, other=1.0)
+    return left.to(tl.float32), right.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["window", "ring", "sinks", "group", "heads", "num_features"])
+@triton.jit
+def _read_sum(
+    total, norm, q_far, qf_h, split,
+    GROUP: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, HP: tl.constexpr, VB: tl.constexpr,
+    FB: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """features(q) @ the sum [HP, VB] and the normaliser [HP]; FB features at once, UNROLL times without a loop.
+
+    total, norm, q_far: pointers to those of one kv head.
+    """
+    NUM_FEATURES: tl.constexpr = 1 + DIM + DIM * (DIM + 1) // 2
+    head = tl.arange(0, HP)[:, None, None]
+    column = split * VB + tl.arange(0, VB)[None, None, :]
+    acc = tl.zeros([HP, FB, VB], tl.float32)
+    count = tl.zeros([HP, FB, 1], tl.float32)
+    for base in range(0, NUM_FEATURES, FB * UNROLL):
+        for step in tl.static_range(UNROLL):
+            feature = base + step * FB + tl.arange(0, FB)[None, :, None]
+            exists = feature < NUM_FEATURES
+            sums = tl.load(total + feature * V + column, mask=exists & (column < V), other=0.0)
+            norms = tl.load(norm + feature, mask=exists, other=0.0)
+            left, right = _entries(q_far + head * qf_h, feature, head < GROUP, DIM)
+            x = left * right
+            acc += x * sums.to(tl.float32)
+            count += x * norms
+    return tl.sum(acc, 1), tl.sum(tl.sum(count, 2), 1)
+
+
+@triton.jit
+def _fold(
+    total, norm, ring_v, ring_far, ring_kind, folded, rate, split,
+    WINDOW: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, VB: tl.constexpr, DECAY: tl.constexpr,
+):  # fmt: skip
+    """Adds FOLD tokens from number `folded` on, which the window has left, to the sum."""
+    NUM_FEATURES: tl.constexpr = 1 + DIM + DIM * (DIM + 1) // 2
+    RING: tl.constexpr = WINDOW + FOLD - 1
+    BLOCK: tl.constexpr = 32
+    column = split * VB + tl.arange(0, VB)
+    token = folded + tl.arange(0, FOLD)
+    slot = token % RING
+    usable = tl.load(ring_kind + slot) == 1
+    leaving = tl.load(
+        ring_v + slot[:, None] * V + column[None, :], mask=usable[:, None] & (column < V)[None, :], other=0.0
+    ).to(tl.float32)
+    for start in range(0, NUM_FEATURES, BLOCK):
+        feature = start + tl.arange(0, BLOCK)
+        exists = feature < NUM_FEATURES
+        square = tl.where(feature < DIM, 0.5, 1.0)
+        left, right = _entries(ring_far + slot[None, :] * DIM, feature[:, None], usable[None, :], DIM)
+        x = tl.where(exists[:, None] & usable[None, :], left * right * square[:, None], 0.0)
+        at = total + feature[:, None] * V + column[None, :]
+        mask = exists[:, None] & (column < V)[None, :]
+        sums = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        norms = tl.load(norm + feature, mask=exists, other=0.0)
+        if DECAY:
+            x *= tl.exp2(rate * (folded + FOLD + WINDOW - 1 - token))[None, :]
+            sums *= tl.exp2(rate * FOLD)
+            norms *= tl.exp2(rate * FOLD)
+        sums = tl.dot(x, leaving, sums, input_precision="tf32x3")
+        tl.store(at, sums.to(total.dtype.element_ty), mask=mask)
+        tl.store(norm + feature, norms + tl.sum(x, 1), mask=exists)
+
+
+@triton.jit
 def decode_kernel(
     q, k, v, q_far, k_far, gate, log_decay, out,
-    total, norm, sink_k, sink_v, ring_k, ring_v, ring_far, ring_kind, position, offset, pairs,
-    q_b, q_h, k_b, k_h, v_b, v_h, qf_b, qf_h, kf_b, kf_h, g_b, g_h, o_b, o_h,
-    window, ring, sinks, group, heads, num_features, scale,
+    total, norm, keys, values, ring_far, ring_kind, position, offset,
+    q_b, q_h, k_b, k_h, v_b, v_h, qf_b, qf_h, kf_b, kf_h, g_b, g_h, o_b, o_h, groups, scale,
+    GROUP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr,
-    VB: tl.constexpr, RB: tl.constexpr, FB: tl.constexpr, SINKS: tl.constexpr, HP: tl.constexpr,
-    DECAY: tl.constexpr, PRECISION: tl.constexpr, SUM_PRECISION: tl.constexpr,
+    HP: tl.constexpr, VB: tl.constexpr, RB: tl.constexpr, FB: tl.constexpr, UNROLL: tl.constexpr,
+    EAGER: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """VB value columns of one kv head: out [group, VB] of a new token, and the state moves on by it."""
+    """VB value columns of one kv head: out [group, VB] of a new token, and the state moves on by it.
+
+    EAGER: read every slot of the ring, wanted or not, and so without waiting for the token counter.
+    """
+    M: tl.constexpr = 16
+    RING: tl.constexpr = WINDOW + FOLD - 1
+    NUM_FEATURES: tl.constexpr = 1 + DIM + DIM * (DIM + 1) // 2
     split, num_splits = tl.program_id(0), tl.num_programs(0)
-    groups = heads // group
-    b, g = (tl.program_id(1) // groups).to(tl.int64), (tl.program_id(1) % groups).to(tl.int64)
     bg = tl.program_id(1).to(tl.int64)
+    b, g = bg // groups, bg % groups
     own = bg * num_splits + split  # this program's counter and normaliser
-    dtype = q.dtype.element_ty
-    now = tl.load(position + own)  # this token's number; a token lies in slot number % ring
+    total += bg * NUM_FEATURES * V
+    norm += own * NUM_FEATURES
+    keys += bg * (SINKS + RING) * D
+    values += bg * (SINKS + RING) * V
+    ring_far += bg * RING * DIM
+    ring_kind += bg * RING
+    q_far += b * qf_b + g * GROUP * qf_h
+
+    now = tl.load(position + own)  # this token's number; a token lies in ring slot number % RING
     length = now + tl.load(offset + b)  # tokens before this one that are not padding
-    folded = tl.maximum(now - window + 1, 0) // FOLD * FOLD  # older tokens are in `total`
-    next_folded = tl.maximum(now - window + 2, 0) // FOLD * FOLD
-    head = tl.arange(0, HP)
-    is_head = head < group
-    h = g * group + head
+    head = tl.arange(0, M)
+    is_head = head < GROUP
+    h = g * GROUP + head
     column = split * VB + tl.arange(0, VB)
     dim, far_dim = tl.arange(0, DP), tl.arange(0, FP)
     is_dim, is_far, is_column = dim < D, far_dim < DIM, column < V
-    rate = 0.0
-    if DECAY:
-        rate = tl.load(log_decay + g) * 1.4426950408889634
-
-    # The sum over folded tokens. far_acc and far_total leave out the gate until the end.
-    q_far += b * qf_b + g * group * qf_h
-    total += bg * num_features * V
-    norm += own * num_features
-    far_acc = tl.zeros([HP, VB], tl.float32)
-    far_total = tl.zeros([HP], tl.float32)
-    for start in range(0, num_features, FB):
-        feature = start + tl.arange(0, FB)
-        exists = feature < num_features
-        x = taylor_features(
-            q_far, qf_h, pairs, head[:, None], is_head[:, None], feature[None, :], num_features, DIM
-        )
-        sums = tl.load(
-            total + feature[:, None] * V + column[None, :],
-            mask=exists[:, None] & is_column[None, :],
-            other=0.0,
-        )
-        far_acc = tl.dot(x, sums.to(tl.float32), far_acc, input_precision=SUM_PRECISION)
-        far_total += tl.sum(x * tl.load(norm + feature, mask=exists, other=0.0)[None, :], 1)
-    count = tl.load(norm)  # the constant feature's sum: above 0 where anything was folded
-    if DECAY:
-        fade = tl.exp2(rate * (now - folded - window + 1))
-        far_acc *= fade
-        far_total *= fade
-    sees_far = (count > 0).to(tl.int32)
-
-    # The sinks and this token, exactly.
+    far_gate = tl.load(gate + b * g_b + h * g_h, mask=is_head, other=0.0).to(tl.float32) * LOG2E
     queries = tl.load(
-        q + b * q_b + h[:, None] * q_h + dim[None, :], mask=is_head[:, None] & is_dim[None, :], other=0.0
+        q + b * q_b + h[None, :] * q_h + dim[:, None], mask=is_head[None, :] & is_dim[:, None], other=0.0
     )
-    row = tl.arange(0, SINKS)
-    is_sink, is_new = (row < sinks) & (row < length), row == sinks
-    sink_base = bg * sinks + row[:, None]
+    x_q = tl.load(
+        q_far + head[None, :] * qf_h + far_dim[:, None], mask=is_head[None, :] & is_far[:, None], other=0.0
+    )
     new_k = tl.load(k + b * k_b + g * k_h + dim, mask=is_dim, other=0.0)
     new_v = tl.load(v + b * v_b + g * v_h + column, mask=is_column, other=0.0)
-    keys = tl.load(sink_k + sink_base * D + dim[None, :], mask=is_sink[:, None] & is_dim[None, :], other=0.0)
-    keys = tl.where(is_new[:, None], new_k[None, :], keys)
-    values = tl.load(
-        sink_v + sink_base * V + column[None, :], mask=is_sink[:, None] & is_column[None, :], other=0.0
-    )
-    values = tl.where(is_new[:, None], new_v[None, :], values)
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-    scores = tl.where((is_sink | is_new)[None, :], scores, float("-inf"))
-    shift = tl.full([HP], float("-inf"), tl.float32)
-    exact_total = tl.zeros([HP], tl.float32)
-    exact_acc = tl.zeros([HP, VB], tl.float32)
-    shift, exact_total, exact_acc = _exact(scores, values, shift, exact_total, exact_acc, PRECISION)
+    new_far = tl.load(k_far + b * kf_b + g * kf_h + far_dim, mask=is_far, other=0.0)
+    count = tl.load(norm + NUM_FEATURES - 1)  # above 0 where anything was folded
+    rate = 0.0
+    if DECAY:
+        rate = tl.load(log_decay + g) * LOG2E
 
-    # The ring: the window exactly, older tokens that are not folded yet by T(x).
-    x_q = tl.load(
-        q_far + head[:, None] * qf_h + far_dim[None, :], mask=is_head[:, None] & is_far[None, :], other=0.0
-    )
-    ring_k += bg * ring * D
-    ring_v += bg * ring * V
-    ring_far += bg * ring * DIM
-    ring_kind += bg * ring
-    for start in range(0, ring, RB):
-        slot = start + tl.arange(0, RB)
-        age = (now - slot) % ring
-        age = tl.where(age < 0, age + ring, age)
-        held = (slot < ring) & (age > 0) & (now - age >= folded)
-        held = held & (tl.load(ring_kind + slot, mask=held, other=0) == 1)
-        old_keys = tl.load(
-            ring_k + slot[:, None] * D + dim[None, :], mask=held[:, None] & is_dim[None, :], other=0.0
+    folded = tl.maximum(now - WINDOW + 1, 0) // FOLD * FOLD  # older tokens are in `total`
+    few_acc, few_total = _read_sum(total, norm, q_far, qf_h, split, GROUP, V, DIM, HP, VB, FB, UNROLL)
+    far_acc = tl.reshape(tl.broadcast_to(tl.trans(few_acc)[:, None, :], [VB, M // HP, HP]), [VB, M])
+    far_total = tl.reshape(tl.broadcast_to(few_total[None, :], [M // HP, HP]), [M])
+    if DECAY:
+        fade = tl.exp2(rate * (now - folded - WINDOW + 1))
+        far_acc *= fade
+        far_total *= fade
+
+    # One softmax in base 2: first this token and the sum, whose score is the gate.
+    score = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[:, None], 0) * scale
+    sum_score = tl.where(count > 0, far_gate, float("-inf"))
+    shift = tl.maximum(score, sum_score)
+    weight, far_weight = tl.exp2(score - shift), tl.exp2(sum_score - shift)
+    denominator = weight + far_weight * far_total
+    acc = weight[None, :] * new_v.to(tl.float32)[:, None] + far_weight[None, :] * far_acc
+
+    # Then sinks and ring: the window by q·k, older tokens that are not folded yet by gate + log T(x).
+    new_slot = now % RING
+    for start in range(0, SINKS + RING, RB):
+        row = start + tl.arange(0, RB)
+        slot = row - SINKS
+        age = new_slot - slot
+        age = tl.where(age < 0, age + RING, age)
+        is_sink = (slot < 0) & (row < length)
+        is_token = (slot >= 0) & (slot < RING) & (age > 0) & (age <= now - folded)
+        if EAGER:
+            wanted, wanted_token = slot < RING, (slot >= 0) & (slot < RING)
+        else:
+            wanted, wanted_token = is_sink | is_token, is_token
+        old_k = tl.load(
+            keys + row[:, None] * D + dim[None, :], mask=wanted[:, None] & is_dim[None, :], other=0.0
         )
-        old_values = tl.load(
-            ring_v + slot[:, None] * V + column[None, :], mask=held[:, None] & is_column[None, :], other=0.0
+        old_v = tl.load(
+            values + row[:, None] * V + column[None, :], mask=wanted[:, None] & is_column[None, :], other=0.0
         )
         x_k = tl.load(
-            ring_far + slot[:, None] * DIM + far_dim[None, :], mask=held[:, None] & is_far[None, :], other=0.0
+            ring_far + slot[:, None] * DIM + far_dim[None, :],
+            mask=wanted_token[:, None] & is_far[None, :],
+            other=0.0,
         )
-        old_scores = tl.dot(queries, tl.trans(old_keys), input_precision=PRECISION) * scale
-        old_scores = tl.where((held & (age < window))[None, :], old_scores, float("-inf"))
-        shift, exact_total, exact_acc = _exact(
-            old_scores, old_values, shift, exact_total, exact_acc, PRECISION
-        )
-        x = tl.dot(x_q.to(tl.float32), tl.trans(x_k.to(tl.float32)), input_precision=SUM_PRECISION)
-        far = 1.0 + x + 0.5 * x * x
-        is_old = held & (age >= window)
-        sees_far += tl.sum(is_old.to(tl.int32), 0)
+        usable = tl.load(ring_kind + slot, mask=wanted_token, other=0) == 1
+        scores = tl.dot(old_k, queries, input_precision=PRECISION) * scale  # [RB, M]
+        x = tl.dot(x_k.to(tl.float32), x_q.to(tl.float32), input_precision=PRECISION)
+        far = far_gate[None, :] + tl.log2(0.5 * (1.0 + x) * (1.0 + x) + 0.5)
         if DECAY:
-            far *= tl.exp2(rate * age)[None, :]
-        far = tl.where(is_old[None, :], far, 0.0)
-        far_total += tl.sum(far, 1)
-        far_acc = tl.dot(far, old_values.to(tl.float32), far_acc, input_precision=SUM_PRECISION)
-
-    far_gate = tl.load(gate + b * g_b + h * g_h, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
-    far_gate = tl.where(sees_far > 0, far_gate, float("-inf"))
-    top = tl.maximum(shift, far_gate)  # this token sees itself, so it is finite
-    exact_weight, far_weight = tl.exp2(shift - top), tl.exp2(far_gate - top)
-    denominator = exact_weight * exact_total + far_weight * far_total
-    result = (exact_weight[:, None] * exact_acc + far_weight[:, None] * far_acc) / denominator[:, None]
-    out_at = out + b * o_b + h[:, None] * o_h + column[None, :]
-    tl.store(out_at, result.to(dtype), mask=is_head[:, None] & is_column[None, :])
+            far += (rate * age)[:, None]
+        scores = tl.where((is_token & (age >= WINDOW))[:, None], far, scores)
+        scores = tl.where((is_sink | (is_token & usable))[:, None], scores, float("-inf"))
+        new_shift = tl.maximum(shift, tl.max(scores, 0))
+        weights = tl.exp2(scores - new_shift[None, :])
+        rescale = tl.exp2(shift - new_shift)
+        denominator = denominator * rescale + tl.sum(weights, 0)
+        new = tl.dot(tl.trans(old_v), weights.to(old_v.dtype), input_precision=PRECISION)  # [VB, M]
+        acc = acc * rescale[None, :] + new
+        shift = new_shift
+    out_at = out + b * o_b + h[None, :] * o_h + column[:, None]
+    result = (acc / denominator[None, :]).to(out.dtype.element_ty)
+    tl.store(out_at, result, mask=is_head[None, :] & is_column[:, None])
 
     # The token enters the ring, and the sinks where the text is that short.
-    new_slot = now % ring
-    new_far = tl.load(k_far + b * kf_b + g * kf_h + far_dim, mask=is_far, other=0.0)
-    tl.store(ring_v + new_slot * V + column, new_v, mask=is_column)
-    if length < sinks:
-        tl.store(sink_v + (bg * sinks + length) * V + column, new_v, mask=is_column)
+    tl.store(values + (SINKS + new_slot) * V + column, new_v, mask=is_column)
+    if length < SINKS:
+        tl.store(values + length * V + column, new_v, mask=is_column)
     if split == 0:
-        tl.store(ring_k + new_slot * D + dim, new_k, mask=is_dim)
+        tl.store(keys + (SINKS + new_slot) * D + dim, new_k, mask=is_dim)
         tl.store(ring_far + new_slot * DIM + far_dim, new_far.to(ring_far.dtype.element_ty), mask=is_far)
-        tl.store(ring_kind + new_slot, tl.where(length < sinks, 2, 1).to(tl.int8))
-        if length < sinks:
-            tl.store(sink_k + (bg * sinks + length) * D + dim, new_k, mask=is_dim)
+        tl.store(ring_kind + new_slot, tl.where(length < SINKS, 2, 1).to(tl.int8))
+        if length < SINKS:
+            tl.store(keys + length * D + dim, new_k, mask=is_dim)
 
     tl.debug_barrier()  # all of this program has read the counter, the sums and the normaliser
     tl.store(position + own, now + 1)
-    if next_folded > folded:
-        token = folded + tl.arange(0, FOLD)
-        slot = token % ring
-        usable = tl.load(ring_kind + slot) == 1
-        leaving = tl.load(
-            ring_v + slot[:, None] * V + column[None, :], mask=usable[:, None] & is_column[None, :], other=0.0
-        )
-        leaving = leaving.to(tl.float32)
-        for start in range(0, num_features, FB):
-            feature = start + tl.arange(0, FB)
-            exists = feature < num_features
-            x = taylor_features(
-                ring_far, DIM, pairs, slot[None, :], usable[None, :], feature[:, None], num_features, DIM
-            )
-            at = total + feature[:, None] * V + column[None, :]
-            mask = exists[:, None] & is_column[None, :]
-            sums = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            norms = tl.load(norm + feature, mask=exists, other=0.0)
-            if DECAY:
-                x *= tl.exp2(rate * (next_folded + window - 1 - token))[None, :]
-                sums *= tl.exp2(rate * FOLD)
-                norms *= tl.exp2(rate * FOLD)
-            sums = tl.dot(x, leaving, sums, input_precision="tf32x3")
-            tl.store(at, sums.to(total.dtype.element_ty), mask=mask)
-            tl.store(norm + feature, norms + tl.sum(x, 1), mask=exists)
+    if tl.maximum(now - WINDOW + 2, 0) // FOLD * FOLD > folded:
+        ring_v = values + SINKS * V
+        _fold(total, norm, ring_v, ring_far, ring_kind, folded, rate, split, WINDOW, V, DIM, VB, DECAY)
