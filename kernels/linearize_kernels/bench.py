@@ -149,8 +149,8 @@ def compile_ahead(choice, sections) -> str:
         lengths = ",".join(str(t) for t in sorted({s.T for s in calls}))
         for name in {s.name for s in calls}:
             common = ["--compile-only", "--only", section, "--shapes", name, "--lengths", lengths]
-            jobs += [[*common, "--peers", peer, "--no-ours", "--tokens", str(choice.tokens)] for peer in slow]
-            jobs += [[*common, "--peers", "none", "--tokens", "1"]]
+            common += ["--tokens", str(choice.tokens)]
+            jobs += [[*common, "--peers", peer, "--no-ours"] for peer in slow] + [[*common, "--peers", "none"]]
     started = time.monotonic()
     late = _run_all([[sys.executable, "-m", "linearize_kernels.bench", *job] for job in jobs], choice.compile_seconds)
     unfinished = f", {late} of them cut off" if late else ""
@@ -201,7 +201,7 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two lengths, two batch sizes, shorter timing")
     parser.add_argument("--tokens", type=int, default=65536, help="of a prefill or training call (at least one row)")
     parser.add_argument("--seconds", type=float, default=40, help="a peer's compilation, check and timing of one row")
-    parser.add_argument("--compile-seconds", type=float, default=150, help="for compiling fla's kernels ahead; 0: not")
+    parser.add_argument("--compile-seconds", type=float, default=120, help="for compiling fla's kernels ahead; 0: not")
     parser.add_argument("--output", type=Path, default=Path("bench-kernels"), help="writes OUTPUT.csv and OUTPUT.png")
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--no-ours", action="store_true", help=argparse.SUPPRESS)

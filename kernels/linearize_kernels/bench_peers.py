@@ -118,10 +118,13 @@ def _fla(name: str, operation: str, s: Shape) -> list[Candidate]:
         return [candidate(f"fla {'parallel' if name == 'fla_parallel' else 'fused_chunk'}_based", _make_based(name, s))]
     whole = candidate("fla chunk_linear_attn + features", lambda inputs: (_chunk(s), _fla_tensors(inputs, s)))
     whole = whole._replace(checkpoints=True)
-    if _backward(operation):
+    if operation != "prefill":
         return [whole]
+    width, token_heads = s.features + -s.features % 16, s.B * s.T * s.H
     alone = candidate("  its kernels alone", lambda inputs: _make_chunk_alone(inputs, s), role="", exact=None)
+    alone = alone._replace(cost=Cost(cost.gflop, token_heads * 2 * (2 * width + 2 * s.D) / 1e9))
     features = candidate("  its features alone", lambda inputs: _make_features(inputs, s), role="", exact=None)
+    features = features._replace(cost=Cost(0.0, token_heads * 2 * 2 * (s.d + width) / 1e9))
     return [whole, alone, features]
 
 
