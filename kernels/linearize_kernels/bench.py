@@ -149,7 +149,7 @@ def compile_ahead(choice, sections) -> str:
         lengths = ",".join(str(t) for t in sorted({s.T for s in calls}))
         for name in {s.name for s in calls}:
             common = ["--compile-only", "--only", section, "--shapes", name, "--lengths", lengths]
-            common += ["--tokens", str(choice.tokens)]
+            common += ["--tokens", str(choice.tokens), "--seconds", str(choice.compile_seconds)]
             jobs += [[*common, "--peers", peer, "--no-ours"] for peer in slow] + [[*common, "--peers", "none"]]
     started = time.monotonic()
     late = _run_all([[sys.executable, "-m", "linearize_kernels.bench", *job] for job in jobs], choice.compile_seconds)

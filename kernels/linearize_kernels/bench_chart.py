@@ -109,8 +109,12 @@ def draw_chart(path: Path, rows: list[Row], ceilings: Ceilings, title: str) -> s
     figure = Figure(figsize=(7 * columns, 4.8 * lines), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
-    for axes, (name, members) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels.items(), strict=False):
-        _draw_panel(axes, name, members, ceilings)
+    order = list(dict.fromkeys(row.implementation for row in rows))
+    places = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, (name, members) in zip(places, panels.items(), strict=False):
+        _draw_panel(axes, name, members, ceilings, order)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
     figure.savefig(path)
     return f"wrote {path}"
 
@@ -124,7 +128,8 @@ def panels_of(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     return panels
 
 
-def _draw_panel(axes, name, rows: list[Row], ceilings: Ceilings) -> None:
+def _draw_panel(axes, name, rows: list[Row], ceilings: Ceilings, order: list[str]) -> None:
+    """order: of implementations over all panels, so that each keeps its colour."""
     decoding = all(row.T == 1 for row in rows)
 
     def position(row):
@@ -133,7 +138,8 @@ def _draw_panel(axes, name, rows: list[Row], ceilings: Ceilings) -> None:
     curves = {}
     for row in rows:
         curves.setdefault(row.implementation, []).append(row)
-    for i, (label, points) in enumerate(curves.items()):
+    for label, points in curves.items():
+        i = order.index(label)
         axes.plot(
             [position(r) for r in points], [r.ms for r in points], label=label.strip(), marker=".",
             color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":")[i // len(COLOURS) % 3],
@@ -143,6 +149,7 @@ def _draw_panel(axes, name, rows: list[Row], ceilings: Ceilings) -> None:
     axes.plot(list(floor), list(floor.values()), color="grey", linestyle="-.", linewidth=1, label="byte roofline")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}")
     axes.set(title=", ".join(name), xlabel="rows" if decoding else "tokens in a row", ylabel="ms (lower is better)")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7, frameon=False)
