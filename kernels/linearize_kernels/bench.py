@@ -1,307 +1,275 @@
 """Checks, then times, the kernels beside their reference and their peers on this GPU.
 
-    python -m linearize_kernels.bench [--csv FILE] [--only training|decode|prefill]
+    python -m linearize_kernels.bench [--only SECTION] [--shapes …] [--lengths …] [--peers …] [--quick]
 
-Every row's result is compared with the float64 reference (at a length where that fits) before anything is
-timed. The operations and bytes are algorithmic counts: what the method must do, however a kernel does it
-(kernels/README.md). The two ceilings, a large copy and a large matrix product, are measured in the same run.
+Sections: prefill; training (forward, and forward + backward together); decode. Prefill and training take the same
+number of tokens a call at every length. Every result is compared with its definition in float64 before it is timed.
+Operations and bytes are algorithmic counts (bench_shapes.py). The ceilings, a large copy and a large matrix product,
+are measured in the same run. Peers (bench_peers.py) run in time boxes; one that is absent, wrong, too slow or broken is
+reported. The exit status is 1 if a kernel of ours failed or was wrong.
 """
 
 import argparse
-import csv
+import functools
+import os
+import subprocess
 import sys
-from typing import NamedTuple
+import time
+from collections import Counter
+from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
-from . import attention_chunked, attention_quadratic
+from .bench_chart import HEADER, draw_chart, table, write_csv
+from .bench_decode import bench_decode
+from .bench_measure import Row, attempt, measure, measure_ceilings, poison, relative, require_finite
+from .bench_peers import PEERS, Candidate, candidates
+from .bench_shapes import SHAPES, Shape, draw, hybrid_cost
 
-
-class Shape(NamedTuple):
-    """A layer: B rows, H query heads, G kv heads, T tokens, D head and value dim, d map dim."""
-
-    name: str
-    B: int
-    H: int
-    G: int
-    T: int
-    D: int
-    d: int = 16
-    window: int = 64
-    sinks: int = 4
+SECTIONS = {"prefill": ("prefill",), "training": ("forward", "forward + backward"), "decode": ()}
+LENGTHS = {"prefill": [2**i for i in range(10, 18)], "training": [2**i for i in range(10, 16)]}
+BATCHES = {"8b": (1, 4, 16, 64, 128, 256, 512, 1024), "135m": (1, 16, 128, 1024), "based": (1, 16, 128)}
+QUICK_LENGTHS, QUICK_BATCHES = (4096, 16384), (1, 128)
+PATIENCE = 2  # times a candidate may run out of its time
+GRADIENT_LENGTH = 1024  # gradients are compared at one row of so many tokens
 
 
-class Row(NamedTuple):
-    """One measurement: milliseconds (shortest and median), GFLOP, GB."""
+def bench_call(c: Candidate, operation: str, s: Shape, inputs, grad, checked: dict, options) -> Row:
+    """Checks and times one candidate. checked: errors of gradients by candidate and shape, found once."""
+    backward = operation == "forward + backward"
+    error, times, note = None, (None, None), ""
 
-    operation: str
-    shape: str
-    implementation: str
-    error: float | None
-    ms_min: float
-    ms: float
-    gflop: float
-    gb: float
+    def work():
+        nonlocal error, times, note
+        function, tensors = c.make(inputs)
+        error = check_forward(c, s, function, tensors)
+        call = functools.partial(function, *tensors)
+        if backward:
+            if (c.label, s.name) not in checked:
+                checked[c.label, s.name] = check_gradients(c, s)
+            error = max(error, checked[c.label, s.name])
+            call = functools.partial(outputs_and_gradients, c, function, tensors, grad)
+            poison(*tensors)
+            require_finite(call())
+        if error is not None and not error < c.tolerance:
+            note = "WRONG"
+        if options.compile_only:
+            return
+        with torch.set_grad_enabled(backward):
+            times = measure(call, rep=options.rep)
 
-
-TRAINING = [
-    Shape("135M, 2k", 8, 9, 3, 2048, 64),
-    Shape("8B, 4k", 4, 32, 8, 4096, 128),
-    Shape("8B, 16k", 1, 32, 8, 16384, 128),
-]
-PREFILL = [Shape(f"8B, {t // 1024}k", 1, 32, 8, t, 128) for t in (2048, 8192, 32768)]
-PREFILL += [Shape("135M, 8k", 4, 9, 3, 8192, 64)]
-DECODE = [Shape(f"8B, {b} rows", b, 32, 8, 1, 128) for b in (1, 16, 128)] + [
-    Shape("135M, 128 rows", 128, 9, 3, 1, 64)
-]
-
-
-def draw(s: Shape, length: int, dtype=torch.bfloat16):
-    """Random (inputs, gradient of out) in the layout of a model: heads side by side in memory."""
-
-    def heads(count, size):
-        return torch.randn(s.B, length, count, size, device="cuda").transpose(1, 2).to(dtype)
-
-    inputs = dict(
-        q=heads(s.H, s.D), k=heads(s.G, s.D), v=heads(s.G, s.D), q_far=heads(s.H, s.d) * 0.5,
-        k_far=heads(s.G, s.d) * 0.5, gate=torch.randn(s.B, s.H, length, device="cuda"),
-    )  # fmt: skip
-    return inputs, heads(s.H, s.D)
+    failure = attempt(work, options.seconds)
+    return _row(c, operation, s, error, times, failure or note)
 
 
-def relative(got, expected) -> float:
-    return ((got.double() - expected).norm() / expected.norm()).item()
+def _row(c: Candidate, operation: str, s: Shape, error=None, times=(None, None), note="") -> Row:
+    floor = hybrid_cost(s, backward=operation == "forward + backward").gb
+    return Row(operation, s.name, s.B, s.T, c.label, c.role, error, *times, *c.cost, floor, note)
 
 
-def measure(function, *, warmup=10, rep=80) -> tuple[float, float]:
-    """Shortest and median milliseconds, by device events."""
+@torch.no_grad()
+def check_forward(c: Candidate, s: Shape, function, tensors) -> float | None:
+    """Runs the call that will be timed in poisoned memory; error of its last row's last kv group."""
+    poison(tensors[0], tensors[-1], tensors[min(2, len(tensors) - 1)])
+    out = function(*tensors)
+    require_finite([out])
+    if c.exact is None:
+        return None
+
+    def last(x):  # a group's heads, of tensors with H heads as with G
+        return x[-1:, -(x.shape[1] // s.G) :, : c.prefix or s.T]
+
+    return relative(last(out), c.exact(*(last(x) for x in tensors)))
+
+
+def check_gradients(c: Candidate, s: Shape) -> float:
+    """Largest error of output and gradients of one short row."""
+    short = s._replace(B=1, T=min(s.T, GRADIENT_LENGTH))
+    inputs, grad = draw(short)
+    function, tensors = c.make(inputs)
+    expected = outputs_and_gradients(c, c.exact, [x.double() for x in tensors], grad.double())
+    got = outputs_and_gradients(c, function, tensors, grad)
+    return max(relative(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def outputs_and_gradients(c: Candidate, function, tensors, grad) -> list[torch.Tensor]:
+    """Out and the gradients of all tensors, by one forward and one backward."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = function(*leaves)
+    if c.checkpoints:
+        out.backward(grad)
+        return [out.detach(), *(x.grad for x in leaves)]
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def sizes(section: str, choice) -> list[Shape]:
+    """The calls of a section, shape by shape."""
+    names = choice.shapes or (["8b", "135m"] if section == "decode" else ["based", "8b"])
+    if section == "decode":
+        batches = choice.batches or (QUICK_BATCHES if choice.quick else None)
+        return [SHAPES[n]._replace(B=b) for n in names for b in batches or BATCHES[n]]
+    lengths = choice.lengths or (QUICK_LENGTHS if choice.quick else LENGTHS[section])
+    calls = [SHAPES[n]._replace(T=t, B=max(1, choice.tokens // t)) for n in names for t in lengths]
+    # fla's kernels are compiled for a number of rows, not for a length
+    return [s._replace(T=128) for s in calls] if choice.compile_only and choice.no_ours else calls
+
+
+def run_section(section: str, choice):
+    """Groups of rows, each of one operation and size."""
+    checked, timed_out = {}, Counter()
+    for s in sizes(section, choice):
+        if section == "decode":
+            yield list(bench_decode(s, choice.peers, limit=choice.seconds, rep=choice.rep))
+        for operation in SECTIONS[section]:
+            inputs, grad = draw(s)
+            rows = []
+            for c in candidates(operation, s, choice.peers)[choice.no_ours :]:
+                key = c.label, operation, s.name
+                if timed_out[key] == PATIENCE:
+                    rows.append(_row(c, operation, s, note=f"not run: timed out at {PATIENCE} shorter lengths"))
+                    continue
+                rows.append(bench_call(c, operation, s, inputs, grad, checked, choice))
+                timed_out[key] += rows[-1].note.startswith("timed out")
+            del inputs, grad
+            yield rows
+
+
+def compile_ahead(choice, sections) -> str:
+    """Compiles what the run needs in parallel processes, one for a section, shape and implementation each.
+
+    They leave kernels in Triton's cache on disk; nothing is timed meanwhile. Only worth it with fla, whose chunked
+    kernels try over a hundred variants. What is not done after `--compile-seconds` is left to the time boxes.
+    """
+    slow = [name for name in choice.peers if name.startswith("fla_")]
+    if not slow or choice.compile_seconds <= 0:
+        return ""
+    jobs = []
+    for section in set(sections) - {"decode"}:
+        calls = sizes(section, choice)
+        lengths = ",".join(str(t) for t in sorted({s.T for s in calls}))
+        for name in {s.name for s in calls}:
+            common = ["--compile-only", "--only", section, "--shapes", name, "--lengths", lengths]
+            common += ["--tokens", str(choice.tokens), "--seconds", str(choice.compile_seconds)]
+            jobs += [[*common, "--peers", peer, "--no-ours"] for peer in slow] + [[*common, "--peers", "none"]]
+    started = time.monotonic()
+    late = _run_all([[sys.executable, "-m", "linearize_kernels.bench", *job] for job in jobs], choice.compile_seconds)
+    unfinished = f", {late} of them cut off" if late else ""
+    return f"compiled ahead in {time.monotonic() - started:.0f} s by {len(jobs)} processes{unfinished}"
+
+
+def _run_all(commands, seconds: float) -> int:
+    """Runs all at once; returns how many had to be killed after so many seconds. What they find is seen again later."""
+    environment = {**os.environ, "FLA_CACHE_RESULTS": "0"}  # what tuning finds on a shared GPU is worth nothing
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    end, late = time.monotonic() + seconds, 0
+    workers = [subprocess.Popen(command, **quiet) for command in commands]
+    for worker in workers:
+        try:
+            worker.wait(max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+            late += 1
+    return late
+
+
+def about() -> dict:
+    """The GPU and versions."""
+    from importlib.metadata import PackageNotFoundError, version
+
     import triton
 
-    return triton.testing.do_bench(function, warmup=warmup, rep=rep, quantiles=[0.0, 0.5])
+    versions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    try:
+        versions["fla"] = version("fla-core")
+    except PackageNotFoundError:
+        versions["fla"] = "not installed"
+    return versions
 
 
-def ceilings() -> tuple[float, float]:
-    """Measured GB/s of a device copy (read + written) and TFLOP/s of a bfloat16 matrix product."""
-    x = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
-    y = torch.empty_like(x)
-    copy = 2 * x.numel() * 2 / measure(lambda: y.copy_(x))[1] / 1e6
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
-    return copy, 2 * 8192**3 / measure(lambda: a @ b)[1] / 1e9
-
-
-def hybrid_gflop(s: Shape) -> tuple[float, float]:
-    """Quadratic hybrid attention, forward and backward: products over exact and over far pairs.
-
-    Exact pair: forward 2 products over D, backward 5. Far pair: forward one over d and one over D, backward
-    two over D (value and weight gradients) and three over d.
-    """
-    pairs = s.B * s.H * s.T * (s.T + 1) / 2
-    exact = min(pairs, s.B * s.H * s.T * (s.window + s.sinks))
-    far = pairs - exact
-    forward = exact * 4 * s.D + far * 2 * (s.d + s.D)
-    return forward / 1e9, (exact * 10 * s.D + far * 2 * (2 * s.D + 3 * s.d)) / 1e9
-
-
-def bench_training(s: Shape):
-    """Forward and backward of the training kernel, SDPA's, and the chunked reference."""
-    from .training import attention_training
-
-    options = dict(scaling=s.D**-0.5, window=s.window, sinks=s.sinks)
-    short = s._replace(B=1, T=min(s.T, 1000))
-    error = check_training(short, options)
-    inputs, grad = draw(s, s.T)
-    forward, backward = hybrid_gflop(s)
-    size = sum(x.numel() * x.element_size() for x in inputs.values()) / 1e9
-    out_size = grad.numel() * 2 / 1e9
-    gb = (size + out_size, 2 * size + 3 * out_size)
-
-    def rows(name, function, tensors, gflops, error):
-        with torch.no_grad():
-            yield Row(
-                "training forward",
-                s.name,
-                name,
-                error,
-                *measure(lambda: function(*tensors)),
-                gflops[0],
-                gb[0],
-            )
-        leaves = [x.detach().requires_grad_() for x in tensors]
-        out = function(*leaves)
-        times = measure(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
-        yield Row("training backward", s.name, name, error, *times, gflops[1], gb[1])
-
-    triton_tensors = list(inputs.values())
-    yield from rows(
-        "triton", lambda *x: attention_training(*x, **options), triton_tensors, (forward, backward), error
+def parse(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="linearize_kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    if s.T <= 4096:
-        chunked = lambda *x: attention_chunked(*x, **options)[0]  # noqa: E731
-        yield from rows("reference, chunked", chunked, triton_tensors, (forward, backward), None)
-    pairs = s.B * s.H * s.T * (s.T + 1) / 2
-    softmax = (pairs * 4 * s.D / 1e9, pairs * 10 * s.D / 1e9)
-    repeated = [inputs["q"]] + [inputs[n].repeat_interleave(s.H // s.G, 1) for n in "kv"]
-    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
-        with sdpa_kernel(backend):
-            sdpa = lambda *x: scaled_dot_product_attention(*x, is_causal=True)  # noqa: E731
-            yield from rows(f"softmax, SDPA {name}", sdpa, repeated, softmax, None)
+    parser.add_argument("--only", type=_names(SECTIONS), help=f"sections, by commas: {', '.join(SECTIONS)}")
+    parser.add_argument("--shapes", type=_names(SHAPES), help=f"by commas: {', '.join(SHAPES)}")
+    parser.add_argument("--lengths", type=_numbers, help="tokens of a row, by commas, as 4096 or 4k")
+    parser.add_argument("--batches", type=_numbers, help="rows of a decoding step, by commas")
+    parser.add_argument("--peers", type=_names(PEERS), default=list(PEERS), help=f"{', '.join(PEERS)}, or none")
+    parser.add_argument("--quick", action="store_true", help="two lengths, two batch sizes, shorter timing")
+    parser.add_argument("--tokens", type=int, default=65536, help="of a prefill or training call (at least one row)")
+    parser.add_argument("--seconds", type=float, default=40, help="a peer's compilation, check and timing of one row")
+    parser.add_argument("--compile-seconds", type=float, default=120, help="for compiling fla's kernels ahead; 0: not")
+    parser.add_argument("--output", type=Path, default=Path("bench-kernels"), help="writes OUTPUT.csv and OUTPUT.png")
+    parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--no-ours", action="store_true", help=argparse.SUPPRESS)
+    choice = parser.parse_args(arguments)
+    choice.rep = 20 if choice.quick else 50
+    return choice
 
 
-def check_training(s: Shape, options) -> float:
-    """Largest relative RMS error of output and gradients; raises AssertionError above 5e-3."""
-    from .training import attention_training
+def _names(allowed):
+    def read(text: str) -> list[str]:
+        names = [] if text == "none" else text.lower().split(",")
+        unknown = [name for name in names if name not in allowed]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: none of {', '.join(allowed)}")
+        return names
 
-    inputs, grad = draw(s, s.T)
-    results = []
-    for function, dtype in ((attention_quadratic, torch.float64), (attention_training, torch.bfloat16)):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs.values()]
-        out = function(*leaves, **options)
-        out = out[0] if isinstance(out, tuple) else out
-        results.append([out, *torch.autograd.grad(out, leaves, grad.to(dtype))])
-    error = max(relative(got, expected) for expected, got in zip(*results, strict=True))
-    assert error < 5e-3, f"training kernel at {s}: {error:.1e}"
-    return error
+    return read
 
 
-def bench_decode(s: Shape):
-    """One token of a layer by graph replay, over enough layers that states do not stay in the L2 cache."""
-    from .decode import decode
-
-    options = dict(scaling=s.D**-0.5)
-    layers = max(2, -(-(2**28) // (s.B * s.G * 1000 * s.D)))  # about 300 MB or more of states
-    for dtype in (torch.float32, torch.bfloat16):
-        error, states, inputs = prepare_decode(s, layers, dtype, options)
-        out = torch.empty(s.B, s.H, 1, s.D, device="cuda", dtype=torch.bfloat16)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for state in states:
-                decode(**inputs, state=state, **options, out=out)
-        times = [ms / layers for ms in measure(graph.replay)]
-        state, features = states[0], states[0].total.shape[2]
-        # The sum is read each token and read and written once in 64, the window read; 95 slots are held on
-        # average.
-        held = s.window + 31
-        slots = s.B * s.G * (held * (2 * s.D * 2 + s.d * 4) + s.sinks * 4 * s.D)
-        gb = (state.total.numel() * state.total.element_size() * (1 + 2 / 64) + slots) / 1e9
-        gflop = s.B * s.H * (2 * features * (s.D + 1) + 4 * s.D * (held + s.sinks)) / 1e9
-        yield Row("decode a token", s.name, f"triton, {str(dtype)[6:]} state", error, *times, gflop, gb)
-    step = prepare_reference_decode(s, options)
-    yield Row("decode a token", s.name, "reference", None, *measure(step), gflop, gb)
-    for past in (2048, 8192):
-        k, v = (torch.randn(s.B, s.G, past, s.D, device="cuda", dtype=torch.bfloat16) for _ in "kv")
-        attend = lambda: scaled_dot_product_attention(inputs["q"], k, v, enable_gqa=True)  # noqa: B023, E731
-        gflop, gb = s.B * s.H * 4 * s.D * past / 1e9, 2 * k.numel() * 2 / 1e9
-        yield Row("decode a token", s.name, f"softmax over {past}, SDPA", None, *measure(attend), gflop, gb)
-
-
-def bench_prefill(s: Shape):
-    """From nothing to outputs and a state: the O(T) kernels, the quadratic one, SDPA's and the reference."""
-    from .prefill import attention_prefill
-    from .training import attention_training
-
-    options = dict(scaling=s.D**-0.5, window=s.window, sinks=s.sinks)
-    small, _ = draw(s._replace(B=1), 1500)
-    expected, _ = attention_quadratic(**{n: x.double() for n, x in small.items()}, **options)
-    error = relative(attention_prefill(**small, **options)[0], expected)
-    assert error < 5e-3, f"prefill at {s}: {error:.1e}"
-    inputs, _ = draw(s, s.T)
-    features = 1 + s.d + s.d * (s.d + 1) // 2
-    near = s.window + s.sinks
-    gflop = s.B * s.T * (s.H * (4 * s.D * near + 2 * features * s.D) + s.G * 2 * features * s.D) / 1e9
-    gb = s.B * s.T * (2 * s.H * s.D + 2 * s.G * s.D + (s.H + s.G) * s.d + 2 * s.H) * 2 / 1e9
-    quadratic, pairs = hybrid_gflop(s)[0], s.B * s.H * s.T * (s.T + 1) / 2
-    calls = {
-        "triton, O(T)": (lambda: attention_prefill(**inputs, **options), gflop, error),
-        "triton, quadratic": (lambda: attention_training(**inputs, **options), quadratic, None),
-    }
-    if s.T <= 8192:
-        calls["reference, chunked"] = (
-            lambda: attention_chunked(**inputs, **options, return_state=True),
-            gflop,
-            None,
-        )
-    repeated = [inputs["q"]] + [inputs[n].repeat_interleave(s.H // s.G, 1) for n in "kv"]
-    with torch.no_grad():
-        for name, (function, count, off) in calls.items():
-            yield Row("prefill", s.name, name, off, *measure(function), count, gb)
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            times = measure(lambda: scaled_dot_product_attention(*repeated, is_causal=True))
-        yield Row("prefill", s.name, "softmax, SDPA cuDNN", None, *times, pairs * 4 * s.D / 1e9, gb)
-
-
-def _past(s: Shape, options, length=500):
-    inputs, _ = draw(s, length)
-    small = {n: x[:1] for n, x in inputs.items()}
-    window = dict(window=s.window, sinks=s.sinks)
-    _, state = attention_chunked(**small, **options, **window, return_state=True)
-    return small, state.map(lambda x: x.expand(s.B, *x.shape[1:]).contiguous())
-
-
-def prepare_decode(s: Shape, layers: int, dtype, options):
-    """(Error of 70 tokens against the float64 reference, states after a prompt, inputs of one token)."""
-    from .decode import DecodeState, decode
-
-    past, state = _past(s, options)
-    states = [DecodeState.from_state(state, window=s.window, dtype=dtype) for _ in range(layers)]
-    more, _ = draw(s._replace(B=1), 70)
-    whole = {n: torch.cat([past[n], x], 2).double() for n, x in more.items()}
-    expected, _ = attention_quadratic(**whole, **options, window=s.window, sinks=s.sinks)
-    outputs = []
-    for t in range(70):
-        token = {
-            n: x[:, :, t : t + 1].expand(s.B, *[-1] * (x.ndim - 1)).contiguous() for n, x in more.items()
-        }
-        outputs.append(decode(**token, state=states[0], **options))
-    error = relative(torch.cat(outputs, 2)[-1:], expected[:, :, -70:])
-    assert error < 1e-2, f"decode at {s}, {dtype} state: {error:.1e}"
-    return error, states, token
-
-
-def prepare_reference_decode(s: Shape, options):
-    past, state = _past(s, options)
-    token = {n: x[:, :, -1:].expand(s.B, *[-1] * (x.ndim - 1)).contiguous() for n, x in past.items()}
-    options = dict(options, window=s.window, sinks=s.sinks)
-    return lambda: attention_quadratic(**token, **options, state=state, return_state=True)
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part[:-1]) * 1024 if part[-1:] in "kK" else int(part) for part in text.split(",") if part]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: not numbers of at least 1, as 512,4k")
+    return numbers
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", help="also write the table here")
-    parser.add_argument("--only", choices=["training", "prefill", "decode"])
-    choice = parser.parse_args(arguments)
+    choice = parse(arguments)
     if not torch.cuda.is_available():
         sys.exit("the benchmark needs a CUDA GPU")
-    import triton
-
     torch.manual_seed(0)
-    copy, product = ceilings()
+    sections = choice.only or list(SECTIONS)
+    if choice.compile_only:
+        for section in sections:
+            for _ in run_section(section, choice):
+                pass
+        return
+    facts = about()
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    if facts["fla"] == "not installed":
+        choice.peers = [name for name in choice.peers if not name.startswith("fla_")]
+        print("fla's kernels: not installed (pip install flash-linear-attention)")
+    compiled = compile_ahead(choice, sections)
+    if compiled:
+        print(compiled)
+    ceilings = measure_ceilings(rep=choice.rep)
     print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, "
-        f"CUDA {torch.version.cuda}"
+        f"measured ceilings: copy {ceilings.copy:.0f} GB/s, bfloat16 matrix product {ceilings.product:.0f} TFLOP/s\n"
+        "error: relative RMS against float64; %: of these ceilings, by algorithmic counts; roof: the bytes our method "
+        "must move, at the copy rate\nsoftmax and fla get k and v repeated to all query heads before the clock starts; "
+        f"fla has neither window, sinks nor gate\n{HEADER}",
+        flush=True,
     )
-    print(f"measured ceilings: copy {copy:.0f} GB/s, bfloat16 matrix product {product:.0f} TFLOP/s")
-    print(f"{'operation':18}{'shape':16}{'implementation':26}{'error':>8}{'min ms':>9}{'ms':>9}"
-          f"{'TFLOP/s':>9}{'%':>5}{'GB/s':>7}{'%':>5}")  # fmt: skip
-    sections = {
-        "training": (bench_training, TRAINING),
-        "prefill": (bench_prefill, PREFILL),
-        "decode": (bench_decode, DECODE),
-    }
     rows = []
-    for name, (function, shapes) in sections.items():
-        for shape in shapes if choice.only in (None, name) else ():
-            for row in function(shape):
-                rows.append(row)
-                flops, bandwidth = row.gflop / row.ms, row.gb / row.ms * 1e3
-                error = "" if row.error is None else f"{row.error:.1e}"
-                print(f"{row.operation:18}{row.shape:16}{row.implementation:26}{error:>8}{row.ms_min:9.4f}{row.ms:9.4f}"
-                      f"{flops:9.1f}{100 * flops / product:5.0f}{bandwidth:7.0f}{100 * bandwidth / copy:5.0f}",
-                      flush=True)  # fmt: skip
-    if choice.csv:
-        with open(choice.csv, "w", newline="") as file:
-            csv.writer(file).writerows([Row._fields, *rows])
+    for section in sections:
+        for group in run_section(section, choice):
+            rows += group
+            print(table(group, ceilings), flush=True)
+            write_csv(choice.output.with_suffix(".csv"), rows, ceilings, facts)
+    title = f"{facts['gpu']}, torch {facts['torch']}, Triton {facts['triton']}, bfloat16"
+    print(f"wrote {choice.output.with_suffix('.csv')}")
+    print(draw_chart(choice.output.with_suffix(".png"), rows, ceilings, title))
+    failed = [row for row in rows if row.implementation.startswith("linearize") and not row.fine]
+    if failed:
+        sys.exit(f"{len(failed)} rows of our kernels failed or were wrong, see above")
 
 
 if __name__ == "__main__":
