@@ -12,6 +12,7 @@ ON_GPU = torch.cuda.is_available()
 
 from linearize_kernels import attention, attention_quadratic, can_run  # noqa: E402
 from linearize_kernels.configs import CONFIGS, Config, SumTiles, Tiles  # noqa: E402
+from linearize_kernels.sums import key_sums  # noqa: E402
 from linearize_kernels.training import attention_training  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -112,6 +113,25 @@ def test_small_cases(name, dtype):
     check({**CASES[name], "dtype": dtype}, config=SMALL if dtype == torch.float32 else None)
 
 
+@pytest.mark.skipif(ON_GPU, reason="these tiles are for the interpreter")
+@pytest.mark.parametrize("name", ["plain", "segments", "left padding", "per query head, no decay"])
+def test_tiles_of_different_sizes(name):
+    cases = {**CASES, "per query head, no decay": {"heads": 4, "groups": 2, "per": "query_head"}}
+    check({"length": 140, **cases[name]}, config=MIXED)
+
+
+def test_long_rows_take_far_tokens_through_sums(monkeypatch):
+    """Not a pair further than window + chunk is taken by itself: without the sums the output is another."""
+    inputs, options, _ = make(length=75)
+    right = attention_training(**inputs, **options, config=SMALL)
+    empty = lambda k_far, *args, **kw: (key_sums(k_far * 0 - 1e4, *args, **kw))  # noqa: E731
+    monkeypatch.setattr("linearize_kernels.training.key_sums", empty)
+    wrong = attention_training(**inputs, **options, config=SMALL)
+    reach = options["window"] + SMALL.chunk
+    torch.testing.assert_close(wrong[:, :, :reach], right[:, :, :reach])
+    assert (wrong - right)[:, :, -1].norm() > 0.1 * right[:, :, -1].norm()
+
+
 GPU_CASES = {
     **{f"length {t}": {"length": t, "window": 64} for t in (1, 63, 64, 65, 127, 1000, 4096)},
     **{f"window {w}": {"window": w, "length": 700} for w in (16, 128, 256)},
@@ -123,6 +143,9 @@ GPU_CASES = {
     "pieces, decay, no sinks": {"cuts": (64, 128, 500), "length": 1000, "decay": True, "sinks": 0},
     "left padding, per query head": {"pad": "left", "batch": 3, "per": "query_head"},
     "decay": {"decay": True, "length": 1000},
+    "long, with spans": {"length": 3000, "batch": 1, "heads": 2, "groups": 1},
+    "long pieces, with spans": {"length": 3000, "cuts": (700, 701, 1800), "heads": 2, "groups": 1},
+    "long, per query head": {"length": 1500, "per": "query_head"},
     "scores to 60": {"large": 4.0},
 }
 

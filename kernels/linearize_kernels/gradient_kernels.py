@@ -35,7 +35,8 @@ GRADIENT_UNSPECIALISED = [*UNSPECIALISED, "span", "num_chunks", "num_spans", "nu
 @triton.jit(do_not_specialize=GRADIENT_UNSPECIALISED)
 def query_gradient_kernel(
     q, k, v, q_far, k_far, gate, log_decay, out, rest, grad, lse, delta, weight, dq, dq_far, dgate, ddecay,
-    segments, codes, has_far, first, last, sink_list, sinks_before, columns, picks, ones, sums, norms, base_sums, base_norms,
+    segments, codes, has_far, first, last, sink_list, sinks_before, columns, picks, ones,
+    sums, norms, base_sums, base_norms,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     qf_b, qf_h, qf_t, kf_b, kf_h, kf_t, g_b, g_h, g_t, o_b, o_h, o_t,
     do_b, do_h, do_t, dq_b, dq_h, dq_t, dqf_b, dqf_h, dqf_t,

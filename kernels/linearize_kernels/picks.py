@@ -3,8 +3,8 @@
 d map dim, F Taylor features, FP: d padded, FN: F padded
 
 A feature is a product of two entries of a vector, one of which may be 1. One-hot matrices pick entries on the tensor
-cores, exactly. A square counts half (T(x) = 1 + x + x²/2): the side that is summed carries the half, the other none, so
-that both are exact in bfloat16. `Taylor.expand` gives each side sqrt(1/2) instead; `weights` leads from one to the other.
+cores, exactly. A square counts half (T(x) = 1 + x + x²/2): the side that is summed carries the half, the other none,
+so that both are exact in bfloat16. `Taylor.expand` gives each side sqrt(1/2); `weights` leads from one to the other.
 """
 
 import functools

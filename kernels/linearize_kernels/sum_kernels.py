@@ -20,8 +20,8 @@ SUMS_UNSPECIALISED = ["length", "end", "span", "sinks", "num_features", "num_chu
 def feature_sums_kernel(
     x, y, weight, extra, log_decay, segments, codes, columns, rows, ones, sums, norms, span_sums, span_norms,
     x_b, x_h, x_t, y_b, y_h, y_t, length, end, span, sinks, num_features, num_chunks, far_heads, x_group, y_group,
-    V: tl.constexpr, DIM: tl.constexpr, VP: tl.constexpr, FP: tl.constexpr, FN: tl.constexpr, FB: tl.constexpr, BN: tl.constexpr,
-    CHUNK: tl.constexpr, REVERSE: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    V: tl.constexpr, DIM: tl.constexpr, VP: tl.constexpr, FP: tl.constexpr, FN: tl.constexpr, FB: tl.constexpr,
+    BN: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """FB features of one span of one far head: Σ features(x) ⊗ y and Σ features(x).
 
@@ -108,7 +108,8 @@ def feature_sums_kernel(
 
 @triton.jit(do_not_specialize=["length", "span", "num_spans", "num_features", "offset"])
 def scan_kernel(
-    span_sums, past, bases, last, weights, log_decay, segments, length, span, num_spans, num_features, offset, far_heads,
+    span_sums, past, bases, last, weights, log_decay, segments,
+    length, span, num_spans, num_features, offset, far_heads,
     COLUMNS: tl.constexpr, FIRST_COLUMN: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     REVERSE: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr, PAST: tl.constexpr, BASES: tl.constexpr,
     LAST: tl.constexpr,

@@ -86,8 +86,8 @@ def _run(x, y, plan, config, heads, *, sinks, end=None, weight=None, extra=None,
         x, y, norms if weight is None else weight, norms if extra is None else extra, decay, plan.segments, plan.codes,
         *picks.arguments(), sums, norms, span_sums, span_norms, *x.stride()[:3], *y.stride()[:3],
         length, length if end is None else end, span, sinks, num_features, num_chunks, *heads,
-        V=value_dim, DIM=map_dim, VP=padded(value_dim), FP=padded(map_dim), FN=picks.ones.shape[1], FB=tiles.features, BN=tiles.slots,
-        CHUNK=chunk, REVERSE=reverse, PLAIN=plan.plain, DECAY=decays, PRECISION=precision(x.dtype),
+        V=value_dim, DIM=map_dim, VP=padded(value_dim), FP=padded(map_dim), FN=picks.ones.shape[1],
+        FB=tiles.features, BN=tiles.slots, CHUNK=chunk, REVERSE=reverse, PLAIN=plan.plain, DECAY=decays, PRECISION=precision(x.dtype),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     has_bases = num_spans > 1 or first is not None

@@ -1,6 +1,7 @@
 """What the Triton programs of attention share: tiles in memory, who sees whom, Taylor features of a tile.
 
-D head dim, V value dim, d map dim, F Taylor features; BM queries, BN keys, FB features a tile; FP: d padded, FN: F padded
+D head dim, V value dim, d map dim, F Taylor features; BM queries, BN keys, FB features a tile;
+FP and FN are d and F padded
 
 Pairs are of three sorts. Sinks: each text's first tokens, always exact, taken sixteen at a time wherever they lie.
 Near: within reach of the window, exact or far. Far: older than the window. In a plain batch (PLAIN) slots say it
@@ -163,7 +164,7 @@ def older_sums(
 @triton.jit
 def load_sums(sums, bases, start, size, base_size, base_factor, V: tl.constexpr, FB: tl.constexpr, VP: tl.constexpr,
               SPANS: tl.constexpr):  # fmt: skip
-    """Rows start ... start + FB of a chunk's sum [size, V] plus, with SPANS, its span's base [base_size, V]; float32."""
+    """Rows start ... start + FB of a chunk's sum [size, V] and, with SPANS, its span's base [base_size, V]; float32."""
     feature, column = (start + tl.arange(0, FB))[:, None], tl.arange(0, VP)[None, :]
     total = tl.load(sums + feature * V + column, mask=(feature < size) & (column < V), other=0.0).to(tl.float32)
     if SPANS:

@@ -13,6 +13,7 @@ denominator).
 """
 
 import math
+
 import torch
 import triton
 
@@ -83,10 +84,11 @@ def _strides(*tensors):
 
 
 def _constants(q, v, q_far, plan: Plan, sums: Sums, log_decay, tiles: Tiles):
+    picks = make_picks(q_far.shape[-1], q.dtype, q.device)
     sizes = {"D": q.shape[-1], "V": v.shape[-1], "F": q_far.shape[-1]}
     return dict(
         **sizes, **{name + "P": padded(size) for name, size in sizes.items()},
-        BM=tiles.queries, BN=tiles.keys, FB=tiles.features, FN=make_picks(q_far.shape[-1], q.dtype, q.device).ones.shape[1],
+        BM=tiles.queries, BN=tiles.keys, FB=tiles.features, FN=picks.ones.shape[1],
         CHUNK=sums.chunk, SPANS=sums.has_bases, PLAIN=plan.plain, DECAY=log_decay is not None,
         PRECISION=precision(q.dtype), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **({"maxnreg": tiles.max_registers} if tiles.max_registers else {}),
