@@ -21,7 +21,8 @@ def feature_sums_kernel(
     x, y, weight, extra, log_decay, segments, codes, columns, rows, ones, sums, norms, span_sums, span_norms,
     x_b, x_h, x_t, y_b, y_h, y_t, length, end, span, sinks, num_features, num_chunks, far_heads, x_group, y_group,
     V: tl.constexpr, DIM: tl.constexpr, VP: tl.constexpr, FP: tl.constexpr, FN: tl.constexpr, FB: tl.constexpr,
-    BN: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """FB features of one span of one far head: Σ features(x) ⊗ y and Σ features(x).
 

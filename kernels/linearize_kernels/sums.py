@@ -87,7 +87,8 @@ def _run(x, y, plan, config, heads, *, sinks, end=None, weight=None, extra=None,
         *picks.arguments(), sums, norms, span_sums, span_norms, *x.stride()[:3], *y.stride()[:3],
         length, length if end is None else end, span, sinks, num_features, num_chunks, *heads,
         V=value_dim, DIM=map_dim, VP=padded(value_dim), FP=padded(map_dim), FN=picks.ones.shape[1],
-        FB=tiles.features, BN=tiles.slots, CHUNK=chunk, REVERSE=reverse, PLAIN=plan.plain, DECAY=decays, PRECISION=precision(x.dtype),
+        FB=tiles.features, BN=tiles.slots, CHUNK=chunk, REVERSE=reverse, PLAIN=plan.plain, DECAY=decays,
+        PRECISION=precision(x.dtype),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     has_bases = num_spans > 1 or first is not None
