@@ -154,7 +154,7 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
         *[s for x in (q, k, v, q_far, k_far, gate, out) for s in x.stride()[:2]],
         groups, scaling * math.log2(math.e),
         GROUP=group, WINDOW=state.window, SINKS=state.num_sinks, D=head_dim, V=value_dim, DIM=map_dim,
-        DP=_pad(head_dim), FP=_pad(map_dim), HP=triton.next_power_of_2(group), VB=columns,
+        DP=_pad(head_dim), FP=_pad(map_dim), HP=triton.next_power_of_2(group), NP=_pad(state.total.shape[2]), VB=columns,
         DECAY=log_decay is not None, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         **launch._asdict(),
     )  # fmt: skip
