@@ -172,6 +172,8 @@ def decode_kernel(
     left, right = _entries(q_far + few * qf_h, feature, few < GROUP, DIM)
     products = left * right * norms
     sums = _read_sum(total, q_far, qf_h, split, GROUP, V, DIM, HP, VB, FB, UNROLL)
+    if not EAGER:  # adding up now frees registers; adding up later lets the ring's loads start at once
+        sums = tl.sum(sums, 1)[:, None, :]
 
     # One softmax in base 2 over sinks and ring, this token in its slot: the window by q·k, older tokens that
     # are not folded yet by gate + log T(x).
