@@ -154,8 +154,8 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
         *[s for x in (q, k, v, q_far, k_far, gate, out) for s in x.stride()[:2]],
         groups, scaling * math.log2(math.e),
         GROUP=group, WINDOW=state.window, SINKS=state.num_sinks, D=head_dim, V=value_dim, DIM=map_dim,
-        DP=_pad(head_dim), FP=_pad(map_dim), HP=triton.next_power_of_2(group), NP=_pad(state.total.shape[2]), VB=columns,
-        DECAY=log_decay is not None,
+        DP=_pad(head_dim), FP=_pad(map_dim), HP=triton.next_power_of_2(group),
+        NP=_pad(state.total.shape[2]), VB=columns, DECAY=log_decay is not None,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         **launch._asdict(),
     )  # fmt: skip
@@ -187,7 +187,29 @@ def choose_launch(programs: int, rows: int, head_dim: int, columns: int, group: 
     # where it is used.
     features = max(1, min(4 * threads // columns, 32 * threads // (heads * columns), threads // (2 * heads)))
     unroll = min(16, -(-153 // features)) if few else 4
-    return Launch(slots, features, unroll, few, warps, maxnreg=None if few else 128)
+    # Larger cases than these would spill at 128 registers; more than one block of slots takes more memory.
+    small = dtype == torch.bfloat16 and heads <= 4 and slots >= rows
+    return Launch(
+        slots, features, unroll, few, warps, num_stages=2 if slots >= rows else 1,
+        maxnreg=128 if small and not few else None,
+    )  # fmt: skip
+
+
+def why_not(q, k, v, q_far, k_far) -> str:
+    """Why `decode` cannot take these arguments; empty where it can."""
+    heads, groups = q.shape[1], k.shape[1]
+    checks = {
+        f"{q.shape[2]} tokens: one at a time": q.shape[2] == 1,
+        f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one of float32, bfloat16 for all": (
+            q.dtype in DTYPES and q.dtype == k.dtype == v.dtype
+        ),
+        f"head dims {q.shape[-1]} and {v.shape[-1]}: up to 256": max(q.shape[-1], v.shape[-1]) <= 256,
+        f"map dim {q_far.shape[-1]}: up to 32": q_far.shape[-1] <= 32,
+        f"{heads} query heads, {groups} kv heads: up to 16 a group": heads % groups == 0
+        and heads // groups <= 16,
+        f"{k_far.shape[1]} far heads, {groups} kv heads: as many": k_far.shape[1] == groups,
+    }
+    return next((reason for reason, fine in checks.items() if not fine), "")
 
 
 @functools.cache
