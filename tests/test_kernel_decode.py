@@ -9,7 +9,7 @@ import torch
 from linearize_kernels import State, attention_quadratic
 
 tl = pytest.importorskip("triton.language", reason="Triton is not installed")
-from linearize_kernels.decode import DecodeState, choose_splits, decode  # noqa: E402
+from linearize_kernels.decode import DecodeState, Launch, choose_splits, decode  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -175,3 +175,10 @@ def test_graph_replay_equals_eager():
             static[name].copy_(x[name])
         graph.replay()
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_ring_in_several_blocks(eager, monkeypatch):
+    launch = Launch(RB=16, FB=8, UNROLL=2, EAGER=eager)
+    monkeypatch.setattr("linearize_kernels.decode.choose_launch", lambda *sizes: launch)
+    check(prompt=20, tokens=12, window=14, batch=1, decay=True)
