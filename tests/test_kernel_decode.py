@@ -9,7 +9,7 @@ import torch
 from linearize_kernels import State, attention_quadratic
 
 tl = pytest.importorskip("triton.language", reason="Triton is not installed")
-from linearize_kernels.decode import DecodeState, choose_splits, decode  # noqa: E402
+from linearize_kernels.decode import DecodeState, Launch, choose_splits, decode  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -129,6 +129,9 @@ GPU_CASES = {
     **{f"{h} heads, {g} groups": {"heads": h, "groups": g} for h, g in ((3, 3), (9, 3), (16, 2))},
     **{f"window {w}": {"window": w, "prompt": w + 30} for w in (16, 128, 256)},
     **{f"{n} splits": {"splits": n, "head_dim": 128} for n in (1, 2, 8)},
+    "no sinks": {"sinks": 0},
+    "head dim 256": {"head_dim": 256, "batch": 1},
+    "8 heads, 1 group": {"heads": 8, "groups": 1},
     "decay": {"decay": True},
     "large scores": {"large": 4.0},
     "left padding": {"pad": 90, "batch": 3},
@@ -172,3 +175,10 @@ def test_graph_replay_equals_eager():
             static[name].copy_(x[name])
         graph.replay()
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_ring_in_several_blocks(eager, monkeypatch):
+    launch = Launch(RB=16, FB=8, UNROLL=2, EAGER=eager)
+    monkeypatch.setattr("linearize_kernels.decode.choose_launch", lambda *sizes: launch)
+    check(prompt=20, tokens=12, window=14, batch=1, decay=True)

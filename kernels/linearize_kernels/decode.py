@@ -154,8 +154,9 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
         *[s for x in (q, k, v, q_far, k_far, gate, out) for s in x.stride()[:2]],
         groups, scaling * math.log2(math.e),
         GROUP=group, WINDOW=state.window, SINKS=state.num_sinks, D=head_dim, V=value_dim, DIM=map_dim,
-        DP=_pad(head_dim), FP=_pad(map_dim), HP=triton.next_power_of_2(group), VB=columns,
-        DECAY=log_decay is not None, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+        DP=_pad(head_dim), FP=_pad(map_dim), HP=triton.next_power_of_2(group),
+        NP=_pad(state.total.shape[2]), VB=columns, DECAY=log_decay is not None,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         **launch._asdict(),
     )  # fmt: skip
 
@@ -169,22 +170,29 @@ class Launch(NamedTuple):
     EAGER: bool  # read unwanted slots too, and so without waiting for the counter
     num_warps: int = 4
     num_stages: int = 2
+    maxnreg: int | None = None  # registers of a thread at most
 
 
 def choose_launch(programs: int, rows: int, head_dim: int, columns: int, group: int, dtype) -> Launch:
     """The launch for `programs` programs of `columns` value columns, `rows` sinks and ring slots.
 
-    Few programs: latency counts, everything is read at once. Many: registers count, so that three programs
-    share a multiprocessor, and unwanted slots are not read.
+    Few programs: latency counts, everything is read at once. Many: registers count, so that two programs of 8
+    warps share a multiprocessor, and unwanted slots are not read.
     """
-    few = programs <= TARGET_PROGRAMS
+    few, warps = programs <= TARGET_PROGRAMS, 8
+    threads, heads = 32 * warps, triton.next_power_of_2(group)
     widest = 2**15 // (_pad(max(head_dim, columns)) * dtype.itemsize)  # a tile of 32 KB
     slots = max(16, min(_pad(rows), widest))
-    warps = 8 if slots * _pad(head_dim) * dtype.itemsize > 2**14 else 4
-    features = max(4, 128 * warps // columns)  # 16 bytes a thread
-    if triton.next_power_of_2(group) * features * columns > 64 * 32 * warps:  # sums of a thread
-        features = max(1, features // 2)
-    return Launch(slots, features, 8 if columns <= 32 else 4, few, warps)
+    # 16 bytes a thread; a thread has 32 sums at most; factors are fewer than threads, so that each is loaded
+    # where it is used.
+    features = max(1, min(4 * threads // columns, 32 * threads // (heads * columns), threads // (2 * heads)))
+    unroll = min(16, -(-153 // features)) if few else 4
+    # Larger cases than these would spill at 128 registers; more than one block of slots takes more memory.
+    small = dtype == torch.bfloat16 and heads <= 4 and slots >= rows
+    return Launch(
+        slots, features, unroll, few, warps, num_stages=2 if slots >= rows else 1,
+        maxnreg=128 if small and not few else None,
+    )  # fmt: skip
 
 
 def why_not(q, k, v, q_far, k_far) -> str:

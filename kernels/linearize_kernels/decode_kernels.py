@@ -2,7 +2,7 @@
 
 B batch, H query heads, G kv heads, D head dim, V value dim, d map dim, F Taylor features, R ring slots, n
 sinks; VB value columns of one program, HP heads of a group padded to a power of two, M = 16 the same padded
-for matrix products.
+for matrix products, NP features padded.
 
 A program owns VB columns of one kv head's state, and its own copy of the normaliser and of the token counter,
 so that no program waits for another. Scores are recomputed by each of them: keys are few and stay in the L2
@@ -56,30 +56,26 @@ def _entries(x, feature, present, DIM: tl.constexpr):
 
 @triton.jit
 def _read_sum(
-    total, norm, q_far, qf_h, split,
+    total, q_far, qf_h, split,
     GROUP: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, HP: tl.constexpr, VB: tl.constexpr,
     FB: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """features(q) @ the sum [HP, VB] and the normaliser [HP]; FB features at once, UNROLL times without a loop.
+    """features(q) @ the sum, still to be added over its axis 1 [HP, FB, VB]; UNROLL blocks without a loop.
 
-    total, norm, q_far: pointers to those of one kv head.
+    total, q_far: pointers to those of one kv head.
     """
     NUM_FEATURES: tl.constexpr = 1 + DIM + DIM * (DIM + 1) // 2
     head = tl.arange(0, HP)[:, None, None]
     column = split * VB + tl.arange(0, VB)[None, None, :]
     acc = tl.zeros([HP, FB, VB], tl.float32)
-    count = tl.zeros([HP, FB, 1], tl.float32)
     for base in range(0, NUM_FEATURES, FB * UNROLL):
         for step in tl.static_range(UNROLL):
             feature = base + step * FB + tl.arange(0, FB)[None, :, None]
             exists = feature < NUM_FEATURES
             sums = tl.load(total + feature * V + column, mask=exists & (column < V), other=0.0)
-            norms = tl.load(norm + feature, mask=exists, other=0.0)
             left, right = _entries(q_far + head * qf_h, feature, head < GROUP, DIM)
-            x = left * right
-            acc += x * sums.to(tl.float32)
-            count += x * norms
-    return tl.sum(acc, 1), tl.sum(tl.sum(count, 2), 1)
+            acc += (left * right) * sums.to(tl.float32)
+    return acc
 
 
 @triton.jit
@@ -90,7 +86,7 @@ def _fold(
     """Adds FOLD tokens from number `folded` on, which the window has left, to the sum."""
     NUM_FEATURES: tl.constexpr = 1 + DIM + DIM * (DIM + 1) // 2
     RING: tl.constexpr = WINDOW + FOLD - 1
-    BLOCK: tl.constexpr = 32
+    BLOCK: tl.constexpr = 16
     column = split * VB + tl.arange(0, VB)
     token = folded + tl.arange(0, FOLD)
     slot = token % RING
@@ -98,7 +94,7 @@ def _fold(
     leaving = tl.load(
         ring_v + slot[:, None] * V + column[None, :], mask=usable[:, None] & (column < V)[None, :], other=0.0
     ).to(tl.float32)
-    for start in range(0, NUM_FEATURES, BLOCK):
+    for start in tl.range(0, NUM_FEATURES, BLOCK, num_stages=1):
         feature = start + tl.arange(0, BLOCK)
         exists = feature < NUM_FEATURES
         square = tl.where(feature < DIM, 0.5, 1.0)
@@ -124,7 +120,7 @@ def decode_kernel(
     q_b, q_h, k_b, k_h, v_b, v_h, qf_b, qf_h, kf_b, kf_h, g_b, g_h, o_b, o_h, groups, scale,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr,
-    HP: tl.constexpr, VB: tl.constexpr, RB: tl.constexpr, FB: tl.constexpr, UNROLL: tl.constexpr,
+    HP: tl.constexpr, NP: tl.constexpr, VB: tl.constexpr, RB: tl.constexpr, FB: tl.constexpr, UNROLL: tl.constexpr,
     EAGER: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """VB value columns of one kv head: out [group, VB] of a new token, and the state moves on by it.
@@ -170,23 +166,20 @@ def decode_kernel(
         rate = tl.load(log_decay + g) * LOG2E
 
     folded = tl.maximum(now - WINDOW + 1, 0) // FOLD * FOLD  # older tokens are in `total`
-    few_acc, few_total = _read_sum(total, norm, q_far, qf_h, split, GROUP, V, DIM, HP, VB, FB, UNROLL)
-    far_acc = tl.reshape(tl.broadcast_to(tl.trans(few_acc)[:, None, :], [VB, M // HP, HP]), [VB, M])
-    far_total = tl.reshape(tl.broadcast_to(few_total[None, :], [M // HP, HP]), [M])
-    if DECAY:
-        fade = tl.exp2(rate * (now - folded - WINDOW + 1))
-        far_acc *= fade
-        far_total *= fade
+    feature = tl.arange(0, NP)[None, :]
+    norms = tl.load(norm + feature, mask=feature < NUM_FEATURES, other=0.0)
+    few = tl.arange(0, HP)[:, None]
+    left, right = _entries(q_far + few * qf_h, feature, few < GROUP, DIM)
+    products = left * right * norms
+    sums = _read_sum(total, q_far, qf_h, split, GROUP, V, DIM, HP, VB, FB, UNROLL)
+    if not EAGER:  # adding up now frees registers; adding up later lets the ring's loads start at once
+        sums = tl.sum(sums, 1)[:, None, :]
 
-    # One softmax in base 2: first this token and the sum, whose score is the gate.
-    score = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[:, None], 0) * scale
-    sum_score = tl.where(count > 0, far_gate, float("-inf"))
-    shift = tl.maximum(score, sum_score)
-    weight, far_weight = tl.exp2(score - shift), tl.exp2(sum_score - shift)
-    denominator = weight + far_weight * far_total
-    acc = weight[None, :] * new_v.to(tl.float32)[:, None] + far_weight[None, :] * far_acc
-
-    # Then sinks and ring: the window by q·k, older tokens that are not folded yet by gate + log T(x).
+    # One softmax in base 2 over sinks and ring, this token in its slot: the window by q·k, older tokens that
+    # are not folded yet by gate + log T(x).
+    shift = tl.full([M], float("-inf"), tl.float32)
+    denominator = tl.zeros([M], tl.float32)
+    acc = tl.zeros([VB, M], tl.float32)
     new_slot = now % RING
     for start in range(0, SINKS + RING, RB):
         row = start + tl.arange(0, RB)
@@ -194,6 +187,7 @@ def decode_kernel(
         age = new_slot - slot
         age = tl.where(age < 0, age + RING, age)
         is_sink = (slot < 0) & (row < length)
+        is_new = (slot >= 0) & (slot < RING) & (age == 0)
         is_token = (slot >= 0) & (slot < RING) & (age > 0) & (age <= now - folded)
         if EAGER:
             wanted, wanted_token = slot < RING, (slot >= 0) & (slot < RING)
@@ -210,6 +204,8 @@ def decode_kernel(
             mask=wanted_token[:, None] & is_far[None, :],
             other=0.0,
         )
+        old_k = tl.where(is_new[:, None], new_k[None, :], old_k)
+        old_v = tl.where(is_new[:, None], new_v[None, :], old_v)
         usable = tl.load(ring_kind + slot, mask=wanted_token, other=0) == 1
         scores = tl.dot(old_k, queries, input_precision=PRECISION) * scale  # [RB, M]
         x = tl.dot(x_k.to(tl.float32), x_q.to(tl.float32), input_precision=PRECISION)
@@ -217,17 +213,29 @@ def decode_kernel(
         if DECAY:
             far += (rate * age)[:, None]
         scores = tl.where((is_token & (age >= WINDOW))[:, None], far, scores)
-        scores = tl.where((is_sink | (is_token & usable))[:, None], scores, float("-inf"))
+        scores = tl.where((is_sink | is_new | (is_token & usable))[:, None], scores, float("-inf"))
         new_shift = tl.maximum(shift, tl.max(scores, 0))
-        weights = tl.exp2(scores - new_shift[None, :])
-        rescale = tl.exp2(shift - new_shift)
+        finite = tl.where(new_shift == float("-inf"), 0.0, new_shift)
+        weights = tl.exp2(scores - finite[None, :])
+        rescale = tl.exp2(shift - finite)
         denominator = denominator * rescale + tl.sum(weights, 0)
         new = tl.dot(tl.trans(old_v), weights.to(old_v.dtype), input_precision=PRECISION)  # [VB, M]
         acc = acc * rescale[None, :] + new
         shift = new_shift
+
+    # The sum joins it, with the gate for a score.
+    far_total, far = tl.sum(products, 1), tl.trans(tl.sum(sums, 1))
+    far_total = tl.reshape(tl.broadcast_to(far_total[None, :], [M // HP, HP]), [M])
+    far = tl.reshape(tl.broadcast_to(far[:, None, :], [VB, M // HP, HP]), [VB, M])
+    sum_score = tl.where(count > 0, far_gate, float("-inf"))
+    if DECAY:
+        sum_score += rate * (now - folded - WINDOW + 1)
+    top = tl.maximum(shift, sum_score)  # this token sees itself, so it is finite
+    weight, far_weight = tl.exp2(shift - top), tl.exp2(sum_score - top)
+    denominator = weight * denominator + far_weight * far_total
+    result = (weight[None, :] * acc + far_weight[None, :] * far) / denominator[None, :]
     out_at = out + b * o_b + h[None, :] * o_h + column[:, None]
-    result = (acc / denominator[None, :]).to(out.dtype.element_ty)
-    tl.store(out_at, result, mask=is_head[None, :] & is_column[:, None])
+    tl.store(out_at, result.to(out.dtype.element_ty), mask=is_head[None, :] & is_column[:, None])
 
     # The token enters the ring, and the sinks where the text is that short.
     tl.store(values + (SINKS + new_slot) * V + column, new_v, mask=is_column)
