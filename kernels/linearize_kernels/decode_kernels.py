@@ -7,8 +7,8 @@ for matrix products, NP features padded.
 A program owns VB columns of one kv head's state, and its own copy of the normaliser and of the token counter,
 so that no program waits for another. Scores are recomputed by each of them: keys are few and stay in the L2
 cache. What counts is how long one program's chain of dependent steps is. The sum is read by plain
-multiply-adds, straight from memory to registers; everything else is one softmax, with slots in rows and heads
-in columns, so that warps share the slots.
+multiply-adds, straight from memory to registers, and so are values; scores are matrix products with slots in rows
+and heads in columns, so that warps share the slots, and one softmax takes all.
 
 Features of the sum, by number f (P = d(d + 1) / 2 pairs): f < P the pair (i, (i + s) % d) with i = f % d and
 s = f // d, then d entries alone, then the constant. Found by arithmetic, each pair stands once. Queries have
@@ -76,6 +76,12 @@ def _read_sum(
             left, right = _entries(q_far + head * qf_h, feature, head < GROUP, DIM)
             acc += (left * right) * sums.to(tl.float32)
     return acc
+
+
+@triton.jit
+def _few(x, is_head, M: tl.constexpr, HP: tl.constexpr):
+    """[M] -> [HP]: the heads there are."""
+    return tl.sum(tl.reshape(tl.where(is_head, x, 0.0), [M // HP, HP]), 0)
 
 
 @triton.jit
@@ -179,7 +185,7 @@ def decode_kernel(
     # are not folded yet by gate + log T(x).
     shift = tl.full([M], float("-inf"), tl.float32)
     denominator = tl.zeros([M], tl.float32)
-    acc = tl.zeros([VB, M], tl.float32)
+    acc = tl.zeros([HP, VB], tl.float32)
     new_slot = now % RING
     for start in range(0, SINKS + RING, RB):
         row = start + tl.arange(0, RB)
@@ -219,23 +225,21 @@ def decode_kernel(
         weights = tl.exp2(scores - finite[None, :])
         rescale = tl.exp2(shift - finite)
         denominator = denominator * rescale + tl.sum(weights, 0)
-        new = tl.dot(tl.trans(old_v), weights.to(old_v.dtype), input_precision=PRECISION)  # [VB, M]
-        acc = acc * rescale[None, :] + new
+        few_weights = tl.sum(tl.reshape(tl.where(is_head[None, :], weights, 0.0), [RB, M // HP, HP]), 1)
+        new = tl.sum(tl.trans(few_weights)[:, :, None] * old_v.to(tl.float32)[None, :, :], 1)  # [HP, VB]
+        acc = acc * _few(rescale, is_head, M, HP)[:, None] + new
         shift = new_shift
 
     # The sum joins it, with the gate for a score.
-    far_total, far = tl.sum(products, 1), tl.trans(tl.sum(sums, 1))
-    far_total = tl.reshape(tl.broadcast_to(far_total[None, :], [M // HP, HP]), [M])
-    far = tl.reshape(tl.broadcast_to(far[:, None, :], [VB, M // HP, HP]), [VB, M])
     sum_score = tl.where(count > 0, far_gate, float("-inf"))
     if DECAY:
         sum_score += rate * (now - folded - WINDOW + 1)
     top = tl.maximum(shift, sum_score)  # this token sees itself, so it is finite
-    weight, far_weight = tl.exp2(shift - top), tl.exp2(sum_score - top)
-    denominator = weight * denominator + far_weight * far_total
-    result = (weight[None, :] * acc + far_weight[None, :] * far) / denominator[None, :]
-    out_at = out + b * o_b + h[None, :] * o_h + column[:, None]
-    tl.store(out_at, result.to(out.dtype.element_ty), mask=is_head[None, :] & is_column[:, None])
+    weight, far_weight = _few(tl.exp2(shift - top), is_head, M, HP), _few(tl.exp2(sum_score - top), is_head, M, HP)
+    denominator = weight * _few(denominator, is_head, M, HP) + far_weight * tl.sum(products, 1)
+    result = (weight[:, None] * acc + far_weight[:, None] * tl.sum(sums, 1)) / denominator[:, None]
+    out_at = out + b * o_b + (g * GROUP + few) * o_h + column[None, :]
+    tl.store(out_at, result.to(out.dtype.element_ty), mask=(few < GROUP) & is_column[None, :])
 
     # The token enters the ring, and the sinks where the text is that short.
     tl.store(values + (SINKS + new_slot) * V + column, new_v, mask=is_column)
