@@ -132,9 +132,10 @@ def choose_kept(shapes: dict[int, AttentionShape], keep) -> dict[int, list[int]]
     for name, layers in (("layers", keep.layers), ("heads", [layer for layer, _ in keep.heads])):
         wrong = sorted(set(layers) - set(full))
         if wrong:
+            others = f"; layers {sliding} already use a sliding window and stay as they are." if sliding else "."
             raise RecipeError(
                 f"attention.keep_softmax.{name}: layers {wrong} are not full-attention layers of this model. Those are "
-                f"{full}" + (f"; layers {sliding} already use a sliding window and stay as they are." if sliding else ".")
+                f"{full}{others}"
             )
     kept = {i: sorted(head for layer, head in keep.heads if layer == i) for i in full if i not in keep.layers}
     for layer, heads in kept.items():
@@ -153,6 +154,31 @@ def choose_kept(shapes: dict[int, AttentionShape], keep) -> dict[int, list[int]]
             f"attention.keep_softmax.count: {keep.count} would leave nothing to convert; of {free} at most {free - 1}"
         )
     return kept
+
+
+def keep_softmax_(model, heads: dict[int, list[int]]) -> None:
+    """Gives kv heads of a converted model their softmax back for good, in place; the parameters of others stay.
+
+    heads: {layer: kv heads that are linear now, numbered in the layer}. A layer that is left without a linear head
+    becomes the base model's own. At least one head must stay linear.
+    """
+    spec, learned = model.config.linear_attention, modeling.linear_attentions(model)
+    after = {i: learned[i].keeping(heads[i]) if heads.get(i) else learned[i] for i in spec["layers"]}
+    left = [(i, s) for i, s in zip(spec["layers"], spec["shapes"], strict=True) if after[i].num_heads]
+    assert left, "nothing would be linear any more"
+    modules = modeling.attention_modules(model)
+    for index in learned:
+        del modules[index].linear_attn
+        modules[index].__class__ = modules[index].__class__.__mro__[2]  # the base model's own
+    model.config.linear_attention = {
+        **spec,
+        "layers": [i for i, _ in left],
+        "shapes": [shape for _, shape in left],
+        "kept_heads": [list(after[i].heads.kept) for i, _ in left],
+    }
+    modeling.attach(model)
+    for index, _ in left:
+        modules[index].linear_attn = after[index]
 
 
 def _no_interface(name, reason):

@@ -203,13 +203,6 @@ def attach(model) -> None:
         module.config = config if index in spec["layers"] else softmax_config
 
 
-def detach(model) -> None:
-    """Takes the linear attention out again, in place; `attach` puts in what model.config says then."""
-    for module in [m for m in model.modules() if isinstance(m, LinearizedAttentionMixin)]:
-        del module.linear_attn
-        module.__class__ = type(module).__mro__[2]
-
-
 def linear_attentions(model) -> dict[int, LinearAttention]:
     """layer index -> LinearAttention, of a converted model."""
     modules = {m.layer_idx: m for m in model.modules() if isinstance(m, LinearizedAttentionMixin)}

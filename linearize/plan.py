@@ -4,7 +4,8 @@ import time
 
 import torch
 
-from .architecture import linearize_
+from .architecture import keep_softmax_, linearize_
+from .kept_softmax import evenly_spaced, heads_by_layer, units_of
 from .loading import load_teacher_config, pick_device
 from .modeling_linearized import linear_attentions
 from .recipe import Recipe, to_yaml
@@ -15,10 +16,13 @@ CONTEXTS = (1024, 8192, 32768)
 def plan(recipe: Recipe) -> str:
     """The resolved recipe and what it comes to, as text. Loads no weights."""
     model = build_on_meta(recipe)
+    keep = recipe.attention.keep_softmax
+    if keep.count:  # which ones is not known yet unless by: even; the sizes are those of any choice
+        keep_softmax_(model, heads_by_layer(evenly_spaced(units_of(model, keep.unit), keep.count)))
     layers = linear_attentions(model)
     device = pick_device(recipe.run.device)
-    lines = [to_yaml(recipe).rstrip(), "", *_replacement_lines(model, layers), *_memory_lines(recipe, model, layers)]
-    return "\n".join([*lines, _time_line(recipe, model, device)])
+    lines = [to_yaml(recipe).rstrip(), "", *_replacement_lines(recipe, model, layers)]
+    return "\n".join([*lines, *_memory_lines(recipe, model, layers), _time_line(recipe, model, device)])
 
 
 def build_on_meta(recipe: Recipe):
@@ -32,15 +36,22 @@ def build_on_meta(recipe: Recipe):
         return linearize_(model, recipe.attention)
 
 
-def _replacement_lines(model, layers) -> list[str]:
+def _replacement_lines(recipe, model, layers) -> list[str]:
     first = next(iter(layers.values()))
     new = sum(p.numel() for layer in layers.values() for p in layer.parameters())
     total = sum(p.numel() for p in model.parameters())
     num_layers = model.config.get_text_config().num_hidden_layers
+    keep, heads = recipe.attention.keep_softmax, first.heads
+    kept = [f"{layer}.{head}" for layer, linear in layers.items() for head in linear.heads.kept]
+    lines = [f"kept         single kv heads in softmax: {', '.join(kept)}"] if kept else []
+    if keep.count and keep.by != "even":
+        chosen = f"{keep.count} {keep.unit.replace('_', ' ')}s, by {keep.by}"
+        lines.append(f"chosen       after matching: {chosen}; evenly spaced ones stand in for them here")
     return [
         f"model        {type(model).__name__}: {total / 1e6:,.1f} M parameters, of which {new / 1e6:.2f} M new",
         f"replaced     {len(layers)} of {num_layers} layers: {_ranges(list(layers))}",
-        f"each layer   {first.num_heads} query heads, {first.num_kv_heads} kv heads, head dim {first.head_dim}, "
+        *lines,
+        f"each layer   {heads.num_heads} query heads, {heads.num_kv_heads} kv heads, head dim {first.head_dim}, "
         f"window {first.window}, {first.sinks} sinks, {first.feature_map} map of dimension {first.q_map.shape[-1]}",
     ]
 

@@ -15,6 +15,7 @@ from linearize import config, shipped
 from linearize.errors import RecipeError
 from linearize.settings import Section, setting
 
+SHORTEST_COPY = 16  # tokens: over less, copying says nothing (the first eight of a repetition do not count)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -227,8 +228,21 @@ class Recipe(Section):
         """Where everything of this conversion goes."""
         return Path(self.output.folder) if self.output.folder else Path("runs") / self.name
 
+    @property
+    def rank_distances(self) -> list[int]:
+        """Distances of copy recall at which layers are ranked: those whose text, twice as long, is short enough."""
+        longest = max(self.data.sequence_length, self.evaluate.sequence_length)
+        return sorted(d for d in self.evaluate.recall_distances if SHORTEST_COPY <= d and 2 * d <= longest)
+
     def check(self) -> Iterator[str]:
         """Settings of different groups that do not go together."""
+        keep = self.attention.keep_softmax
+        if keep.count and keep.by == "recall" and not self.rank_distances:
+            longest = max(self.data.sequence_length, self.evaluate.sequence_length)
+            yield (
+                f"attention.keep_softmax.by: recall needs an evaluate.recall_distances of {SHORTEST_COPY} to "
+                f"{longest // 2}, half of the longest sequence; add one, or choose by kl"
+            )
         exact, length = self.attention.window + self.attention.sinks, self.data.sequence_length
         stages = {"match": self.match, "finetune": self.finetune}
         trained = {name: stage for name, stage in stages.items() if stage.tokens}

@@ -51,6 +51,8 @@ class HeadSplit:
 
     def merge(self, linear, kept):
         """[B, T, linear query heads, D] and [B, T, kept query heads, D] -> [B, T, H, D] in the layer's order."""
+        if not self.linear:
+            return kept
         order = self._index("merge", self.linear + self.kept, linear.device)
         return torch.cat([linear, kept], 2).index_select(2, order)
 
