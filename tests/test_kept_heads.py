@@ -27,9 +27,13 @@ from test_save_load import run_without_linearize
 from transformers import AutoModelForCausalLM
 
 from linearize.architecture import linearize_
+from linearize.calibrate import calibrate
 from linearize.errors import RecipeError
 from linearize.linear_attention import LinearAttention
+from linearize.match import MatchStage
 from linearize.modeling_linearized import LinearizedAttentionMixin, attention_modules, linear_attentions
+from linearize.recipe import MatchSettings
+from linearize.variants import softmax_attention
 
 # name -> (architecture, settings of it, what is kept); llama and the others have 2 kv heads of 2 query heads each
 MODELS = {
@@ -246,6 +250,45 @@ def test_lora_reaches_every_projection_and_the_maps():
     gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert len(gradients) == 2 * (2 * len(wanted) + 6)
     assert all(g is not None and g.abs().max() > 0 for g in gradients.values())
+
+
+@pytest.mark.parametrize("name", ["gqa", "mha", "map a query head", "softcap", "sink logits"])
+def test_calibration_sets_the_linear_heads_as_it_would_without_kept_ones(name):
+    architecture, settings, kept = MODELS[name]
+    some, none = (
+        linearize_(make_model(architecture, **settings), attention(**{**kept, **heads}))
+        for heads in ({}, {"heads": ()})
+    )
+    for model in (some, none):
+        calibrate(model, {"input_ids": make_tokens(3, 40)})
+    for mine, theirs in zip(linear_attentions(some).values(), linear_attentions(none).values(), strict=True):
+        assert mine.heads.kept
+        for parameter, p in theirs.named_parameters():
+            (expected,) = mine.heads.linear_part(p, dim=0)
+            torch.testing.assert_close(mine.state_dict()[parameter], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gqa", "mha", "sink logits"])
+def test_matching_trains_the_linear_heads_on_their_own_error(name):
+    model, seen = copy.deepcopy(converted(name)), {}
+    stage = MatchStage(model, MatchSettings())
+    batch = {"input_ids": make_tokens(3, 40)}
+    figures = stage.run(batch, scale=1.0, backward=True)
+
+    def observer(module, q, k, v, out, *, scaling, softcap, sink_logits, **_):
+        if isinstance(module, LinearizedAttentionMixin):
+            heads = module.linear_attn.heads
+            q, k, v, out = heads.linear_part(q, k, v, out.transpose(1, 2))
+            sinks = None if sink_logits is None else heads.linear_part(sink_logits, dim=0)[0]
+            predicted, _ = module.linear_attn(q, k, v, scaling=scaling, softcap=softcap, sink_logits=sinks)
+            error = (predicted - out).square().sum((1, 2, 3)) / out.square().sum((1, 2, 3))
+            seen[f"layer {module.layer_idx}"] = error.sum()
+
+    with torch.no_grad(), softmax_attention(model):
+        model(**batch, use_cache=False, observer=observer)
+    assert len(seen) == 2 and figures.keys() == {*seen, "loss"}
+    assert [figures[n].item() for n in seen] == pytest.approx([error.item() for error in seen.values()], rel=1e-5)
+    assert all(p.grad.abs().max() > 0 for linear in linear_attentions(model).values() for p in linear.parameters())
 
 
 # ---------------------------------------------------------------------------------- mistakes, and all heads

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -110,7 +110,11 @@ def _draw_curve(axes, ranking, label, figure_of, has_teacher) -> None:
         )
     if has_teacher:
         axes.axhline(figure_of(ranking["teacher"]), color=STYLES[0][0], linewidth=1, label="teacher")
-    axes.set_yscale("log" if has_teacher else "linear")
+    if has_teacher:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title=f"{label} (lower is better)", xlabel=f"{unit}s kept in softmax", ylabel=label)
     axes.grid(alpha=0.25)
