@@ -230,18 +230,22 @@ class Recipe(Section):
 
     @property
     def rank_distances(self) -> list[int]:
-        """Distances of copy recall at which layers are ranked: those whose text, twice as long, is short enough."""
-        longest = max(self.data.sequence_length, self.evaluate.sequence_length)
-        return sorted(d for d in self.evaluate.recall_distances if SHORTEST_COPY <= d and 2 * d <= longest)
+        """Distances of copy recall at which layers are ranked: a row holds them, and twice that is not too long."""
+        longest = self._longest_rank_distance
+        return sorted(d for d in self.evaluate.recall_distances if SHORTEST_COPY <= d <= longest)
+
+    @property
+    def _longest_rank_distance(self) -> int:
+        row = self.evaluate.sequence_length
+        return min(row - 1, max(self.data.sequence_length, row) // 2)  # a row may begin with a BOS token
 
     def check(self) -> Iterator[str]:
         """Settings of different groups that do not go together."""
         keep = self.attention.keep_softmax
         if keep.count and keep.by == "recall" and not self.rank_distances:
-            longest = max(self.data.sequence_length, self.evaluate.sequence_length)
             yield (
                 f"attention.keep_softmax.by: recall needs an evaluate.recall_distances of {SHORTEST_COPY} to "
-                f"{longest // 2}, half of the longest sequence; add one, or choose by kl"
+                f"{self._longest_rank_distance}, by the sequence lengths; add one, or choose by kl"
             )
         exact, length = self.attention.window + self.attention.sinks, self.data.sequence_length
         stages = {"match": self.match, "finetune": self.finetune}

@@ -329,3 +329,26 @@ def test_heads_that_are_not_there(heads, message):
             num_heads=4, num_kv_heads=2, head_dim=8, window=5, sinks=2, feature_map="taylor", map_dim=4, per="kv_head",
             decay=False, kept=[2],
         )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu(dtype):
+    """The linear heads by the kernels, the kept ones by SDPA: logits and gradients as on a CPU, in any pieces."""
+    shape = dict(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=3)
+    model = convert(make_model("llama", **shape), window=16, dim=16, decay=False, heads=[(0, 0), (0, 2), (2, 1)])
+    tokens, tolerance = make_tokens(2, 200), {torch.float32: 1e-3, torch.bfloat16: 0.1}[dtype]
+    on_gpu = copy.deepcopy(model).to("cuda")
+    if dtype == torch.bfloat16:
+        for name, parameter in on_gpu.named_parameters():
+            parameter.data = parameter.data if ".linear_attn." in name else parameter.data.to(dtype)
+    expected = logits_of(model, tokens)
+    assert relative_error(logits_of(on_gpu, tokens.cuda()).cpu(), expected) < tolerance
+    assert relative_error(logits_in_pieces(on_gpu, tokens.cuda(), [90, 1]).cpu(), expected) < tolerance
+    gradients = []
+    for m in (model, on_gpu):
+        for linear in linear_attentions(m).values():
+            linear.requires_grad_(True)
+        m(input_ids=tokens.to(m.device), labels=tokens.to(m.device), use_cache=False).loss.backward()
+        gradients.append(linear_attentions(m)[0].q_map.grad.cpu())
+    assert gradients[0].shape == (3, 64, 16) and relative_error(*gradients[::-1]) < 3 * tolerance

@@ -265,6 +265,15 @@ def test_from_the_command_line_and_back(tmp_path):
         load_recipe("quickstart", ["attention.keep_softmax.count=2", "evaluate.recall_distances=[100000]"])
 
 
+def test_distances_that_are_ranked():
+    def distances(row, sequence):
+        lengths = [f"evaluate.sequence_length={row}", f"data.sequence_length={sequence}", "data.source=x"]
+        return load_recipe("quickstart", [*lengths, "evaluate.recall_distances=[700,15,16,300,256]"]).rank_distances
+
+    assert distances(512, 512) == [16, 256] and distances(512, 1024) == [16, 256, 300]
+    assert distances(1400, 512) == [16, 256, 300, 700] and distances(600, 4096) == [16, 256, 300]
+
+
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rank")
