@@ -267,7 +267,8 @@ def test_from_the_command_line_and_back(tmp_path):
 
 def test_distances_that_are_ranked():
     def distances(row, sequence):
-        lengths = [f"evaluate.sequence_length={row}", f"data.sequence_length={sequence}", "data.source=x"]
+        lengths = [f"evaluate.sequence_length={row}", f"data.sequence_length={sequence}", "match.tokens=0"]
+        lengths.append("finetune.tokens=0")  # their steps would be too short for some of these
         return load_recipe("quickstart", [*lengths, "evaluate.recall_distances=[700,15,16,300,256]"]).rank_distances
 
     assert distances(512, 512) == [16, 256] and distances(512, 1024) == [16, 256, 300]
