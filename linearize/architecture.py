@@ -38,10 +38,12 @@ def linearize_(model, attention):
     that they refuse is left converted and should be dropped.
     """
     shapes, logits = probe(model)
-    layers = choose_layers(shapes, attention.keep_softmax)
+    kept_heads = choose_kept(shapes, attention.keep_softmax)
+    layers = list(kept_heads)
     spec = {
         "layers": layers,
         "shapes": [[shapes[i].num_heads, shapes[i].num_kv_heads, shapes[i].head_dim] for i in layers],
+        "kept_heads": [kept_heads[i] for i in layers],
         "window": attention.window,
         "sinks": attention.sinks,
         "feature_map": attention.feature_map.name,
@@ -120,24 +122,63 @@ def _with_cache_windows(model, shapes):
     return {i: replace(shapes[i], sliding_window=windows[i]) for i in shapes}
 
 
-def choose_layers(shapes: dict[int, AttentionShape], keep_softmax) -> list[int]:
-    """Every full-attention layer but the kept ones; layers that already slide stay as they are."""
+def choose_kept(shapes: dict[int, AttentionShape], keep) -> dict[int, list[int]]:
+    """layer to convert -> kv heads of it that stay softmax, by the recipe's `attention.keep_softmax`.
+
+    A layer that is kept whole, or head by head, is left out; layers that already slide stay as they are.
+    """
     sliding = sorted(i for i, s in shapes.items() if s.sliding_window is not None)
     full = sorted(set(shapes) - set(sliding))
-    wrong = sorted(set(keep_softmax) - set(full))
-    if wrong:
-        raise RecipeError(
-            f"attention.keep_softmax: layers {wrong} are not full-attention layers of this model. Those are "
-            f"{full}" + (f"; layers {sliding} already use a sliding window and stay as they are." if sliding else ".")
-        )
-    layers = [i for i in full if i not in keep_softmax]
-    if not layers:
+    for name, layers in (("layers", keep.layers), ("heads", [layer for layer, _ in keep.heads])):
+        wrong = sorted(set(layers) - set(full))
+        if wrong:
+            others = f"; layers {sliding} already use a sliding window and stay as they are." if sliding else "."
+            raise RecipeError(
+                f"attention.keep_softmax.{name}: layers {wrong} are not full-attention layers of this model. Those are "
+                f"{full}{others}"
+            )
+    kept = {i: sorted(head for layer, head in keep.heads if layer == i) for i in full if i not in keep.layers}
+    for layer, heads in kept.items():
+        if heads and heads[-1] >= shapes[layer].num_kv_heads:
+            last = shapes[layer].num_kv_heads - 1
+            raise RecipeError(f"attention.keep_softmax.heads: layer {layer} has kv heads 0 to {last}, not {heads[-1]}")
+    kept = {i: heads for i, heads in kept.items() if len(heads) < shapes[i].num_kv_heads}
+    if not kept:
         raise ArchitectureError(
             f"no layer is left to convert: of {len(shapes)} attention layers, attention.keep_softmax keeps "
-            f"{len(keep_softmax)}, and {len(sliding)} use a sliding window already, so that their memory "
-            "does not grow"
+            f"{len(full)}, and {len(sliding)} use a sliding window already, so that their memory does not grow"
         )
-    return layers
+    free = len(kept) if keep.unit == "layer" else sum(shapes[i].num_kv_heads - len(h) for i, h in kept.items())
+    if keep.count >= free:
+        raise RecipeError(
+            f"attention.keep_softmax.count: {keep.count} would leave nothing to convert; of {free} at most {free - 1}"
+        )
+    return kept
+
+
+def keep_softmax_(model, heads: dict[int, list[int]]) -> None:
+    """Gives kv heads of a converted model their softmax back for good, in place; the parameters of others stay.
+
+    heads: {layer: kv heads that are linear now, numbered in the layer}. A layer that is left without a linear head
+    becomes the base model's own. At least one head must stay linear.
+    """
+    spec, learned = model.config.linear_attention, modeling.linear_attentions(model)
+    after = {i: learned[i].keeping(heads[i]) if heads.get(i) else learned[i] for i in spec["layers"]}
+    left = [(i, s) for i, s in zip(spec["layers"], spec["shapes"], strict=True) if after[i].num_heads]
+    assert left, "nothing would be linear any more"
+    modules = modeling.attention_modules(model)
+    for index in learned:
+        del modules[index].linear_attn
+        modules[index].__class__ = modules[index].__class__.__mro__[2]  # the base model's own
+    model.config.linear_attention = {
+        **spec,
+        "layers": [i for i, _ in left],
+        "shapes": [shape for _, shape in left],
+        "kept_heads": [list(after[i].heads.kept) for i, _ in left],
+    }
+    modeling.attach(model)
+    for index, _ in left:
+        modules[index].linear_attn = after[index]
 
 
 def _no_interface(name, reason):

@@ -39,7 +39,8 @@ def calibrate(model, inputs) -> dict[int, dict[str, float]]:
 
     def observer(module, q, k, v, out, *, scaling, softcap, sink_logits, **_):
         linear = layers[module.layer_idx]
-        q, k, v, out = (x.float() for x in (q, k, v, out.transpose(1, 2)))
+        q, k, v, out = (x.float() for x in linear.heads.linear_part(q, k, v, out.transpose(1, 2)))
+        (sink_logits,) = linear.heads.linear_part(sink_logits, dim=0)
         options = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
         per_group = [_calibrate_group(linear, g, q, k, v, out, allowed, **options) for g in range(linear.num_kv_heads)]
         power = out.square().sum().item()

@@ -1,4 +1,4 @@
-"""The command line: `linearize convert | generate | eval | report | doctor | recipes`.
+"""The command line: `linearize convert | rank-layers | generate | eval | report | doctor | recipes`.
 
 Only parses and prints; each verb imports what it needs when it runs, so `--help` answers at once. A setting
 of the recipe never becomes an option here: `--set` reaches all of them.
@@ -28,9 +28,16 @@ examples:
   linearize convert my.yaml                         your recipe
   linearize convert HuggingFaceTB/SmolLM2-135M      a model, by the recipe `default`
   linearize convert ./my-model --set data.source='text/*.jsonl' --set output.folder=out
-  linearize convert my.yaml --set 'attention.keep_softmax=[0, 1]' --dry-run
+  linearize convert my.yaml --set 'attention.keep_softmax.layers=[0, 1]' --dry-run
+  linearize convert my.yaml --set attention.keep_softmax.count=4
   accelerate launch -m linearize.cli convert my.yaml
 an interrupted conversion resumes when the same command is given again
+"""
+_RANK_EPILOG = """\
+examples:
+  linearize rank-layers my.yaml
+  linearize rank-layers my.yaml --set attention.keep_softmax.unit=kv_head --set attention.keep_softmax.count=12
+calibrates and matches as `convert` would, resuming what is there, and `convert` then goes on from it
 """
 _GENERATE_EPILOG = """\
 examples:
@@ -82,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"linearize {__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_convert(verbs)
+    _add_rank_layers(verbs)
     _add_generate(verbs)
     _add_eval(verbs)
     report = _verb(verbs, "report", _report, "show the report card of a converted model")
@@ -102,6 +110,21 @@ def _verb(verbs, name: str, run, help: str, epilog: str = "") -> argparse.Argume
 
 def _add_convert(verbs) -> None:
     parser = _verb(verbs, "convert", _convert, "convert a model by a recipe", _CONVERT_EPILOG)
+    _add_recipe(parser)
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe and say what would be done")
+    parser.add_argument(
+        "--force", action="store_true", help="start over, replacing what the output folder holds"
+    )
+
+
+def _add_rank_layers(verbs) -> None:
+    about = "find the layers or kv heads that should stay softmax"
+    parser = _verb(verbs, "rank-layers", _rank_layers, about, _RANK_EPILOG)
+    _add_recipe(parser)
+    parser.add_argument("--force", action="store_true", help="start over, without what was matched before")
+
+
+def _add_recipe(parser) -> None:
     parser.add_argument(
         "source", metavar="RECIPE_OR_MODEL", help="a .yaml file, a shipped recipe's name or a model"
     )
@@ -112,10 +135,6 @@ def _add_convert(verbs) -> None:
         default=[],
         metavar="K=V",
         help="change a setting of the recipe",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check the recipe and say what would be done")
-    parser.add_argument(
-        "--force", action="store_true", help="start over, replacing what the output folder holds"
     )
     parser.set_defaults(if_interrupted="; give the same command again to resume")
 
@@ -182,6 +201,15 @@ def _convert(args: argparse.Namespace) -> None:
         print(plan(recipe))
     else:
         convert(recipe, force=args.force)
+
+
+def _rank_layers(args: argparse.Namespace) -> None:
+    from linearize.recipe import load_recipe
+
+    recipe = load_recipe(args.source, args.overrides)
+    from linearize.convert import rank_layers
+
+    rank_layers(recipe, force=args.force)
 
 
 def _generate(args: argparse.Namespace) -> None:

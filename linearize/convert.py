@@ -1,11 +1,13 @@
-"""The main job: load, calibrate, match, finetune, measure, export. The one place where the stages meet."""
+"""The main job: load, calibrate, match, choose what stays softmax, finetune, measure, export.
 
-import json
+The one place where the stages meet.
+"""
+
 import os
 import shutil
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,12 +16,13 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from safetensors.torch import load_file, save_file
 
-from .architecture import linearize_
+from .architecture import keep_softmax_, linearize_
 from .calibrate import calibrate
 from .data import TokenData, build_token_data, model_inputs
-from .errors import ExportError, LinearizeError, TrainingError
+from .errors import LinearizeError, RecipeError, TrainingError
 from .export import check_free, export
 from .finetune import FinetuneStage, add_lora, projection_names
+from .kept_softmax import evenly_spaced, heads_by_layer, units_of, written_down
 from .loading import load_teacher, pick_device
 from .match import MatchStage
 from .model_card import model_card
@@ -29,8 +32,10 @@ from .recipe import Recipe, to_yaml
 from .run_log import RunLog, peak_memory_bytes
 from .train import train
 from .variants import ablated_attention, adapters_off, equal_window, teacher
+from .work_folder import open_work
 
 REPORT_FILES = ("report.json", "report.png")
+RANK_ROWS = 8  # of held-out text, on which a choice of layers is made
 WAIT = timedelta(days=7)  # the other processes wait while the main one tokenises, measures and writes
 
 
@@ -42,11 +47,50 @@ def convert(recipe: Recipe, *, force: bool = False) -> Path:
     """
     folder, started = recipe.output_folder, time.monotonic()
     check_free(folder, force=force)
+    run = _start(recipe, force=force)
+    accelerator, log = run.accelerator, run.log
+    log.trackers = _trackers(recipe, accelerator)
+    run.match()
+    run.choose()
+    run.finetune()
+    report = run.report()
+    if accelerator.is_main_process:
+        run.export(folder, report)
+        minutes, peak = (time.monotonic() - started) / 60, peak_memory_bytes() / 1e9
+        log.say(f"took {minutes:.1f} minutes and at most {peak:.1f} GB of memory")
+        log.close()
+        shutil.rmtree(run.work)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return folder
+
+
+def rank_layers(recipe: Recipe, *, force: bool = False) -> Path:
+    """Calibrates and matches, then measures which layers or kv heads should stay softmax; returns a folder of results.
+
+    The unit, the measure and how many to choose greedily come from `attention.keep_softmax` (count 0: a tenth of
+    them). The work folder stays, and `convert` of the same recipe, whatever its `count`, goes on from it.
+    """
+    if recipe.attention.keep_softmax.by == "even":
+        raise RecipeError("attention.keep_softmax.by: even measures nothing; rank by recall or kl")
+    run = _start(recipe, force=force)
+    run.match()
+    folder = recipe.output_folder.with_name(recipe.output_folder.name + ".ranking")
+    if run.accelerator.is_main_process:
+        run.rank(folder)
+        run.log.close()
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+    return folder
+
+
+def _start(recipe: Recipe, *, force: bool) -> "_Run":
+    """Opens the work folder and prepares the run: model converted and calibrated, text read."""
     accelerator = _accelerator(recipe)
-    work = folder.with_name(folder.name + ".work")
+    work = recipe.output_folder.with_name(recipe.output_folder.name + ".work")
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            _open_work(work, recipe, force=force)
+            open_work(work, recipe, force=force)
     log = RunLog(work / "log.jsonl", enabled=accelerator.is_main_process)
     run = _Run(recipe, accelerator, work, log)
     try:
@@ -56,19 +100,7 @@ def convert(recipe: Recipe, *, force: bool = False) -> Path:
             log.close()
             shutil.rmtree(work)  # nothing in it is worth resuming
         raise
-    log.trackers = _trackers(recipe, accelerator)
-    run.match()
-    run.finetune()
-    report = run.report()
-    if accelerator.is_main_process:
-        run.export(folder, report)
-        minutes, peak = (time.monotonic() - started) / 60, peak_memory_bytes() / 1e9
-        log.say(f"took {minutes:.1f} minutes and at most {peak:.1f} GB of memory")
-        log.close()
-        shutil.rmtree(work)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return folder
+    return run
 
 
 class _Run:
@@ -122,6 +154,65 @@ class _Run:
     def match(self) -> None:
         if self.recipe.match.tokens:
             self._train(MatchStage(self.model, self.recipe.match), self.recipe.match)
+
+    def choose(self) -> None:
+        """Gives what the recipe asks to be chosen its softmax back, and names it in the recipe that goes on."""
+        keep, attention = self.recipe.attention.keep_softmax, self.recipe.attention
+        if not keep.count:
+            return
+        if keep.by == "even":
+            chosen = evenly_spaced(units_of(self.model, keep.unit), keep.count)
+        else:
+            chosen = self._ranked(keep)
+        keep_softmax_(self.model, heads_by_layer(chosen))
+        named = written_down(keep, chosen)
+        self.recipe = replace(self.recipe, attention=replace(attention, keep_softmax=named))
+        self.log.write(stage="choose", by=keep.by, unit=keep.unit, kept=[[u.layer, u.head] for u in chosen])
+        self.log.say(f"kept in softmax, by {keep.by}: {keep.unit.replace('_', ' ')}s {', '.join(map(str, chosen))}")
+
+    def _ranked(self, keep) -> list:
+        """The chosen units, by the ranking in the work folder, which is made first if need be."""
+        from linearize_eval.ranking import chosen_units, load_ranking
+
+        path = self.work / "ranking.json"
+        wanted = {"by": keep.by, "unit": keep.unit, "distances": self.recipe.rank_distances}
+        if self.accelerator.is_main_process:
+            ranking = load_ranking(path) if path.exists() else {"chain": []}
+            if len(ranking["chain"]) < keep.count or any(ranking[k] != v for k, v in wanted.items()):
+                self._rank(keep, keep.count)
+        self.accelerator.wait_for_everyone()
+        return chosen_units(load_ranking(path), self.model, keep.count)
+
+    def rank(self, folder: Path) -> None:
+        """Ranks all units, from none kept to all, and shows, draws and saves it."""
+        from linearize_eval.ranking import RANKING_FILE, save_ranking
+        from linearize_eval.ranking_report import CHART_FILE, draw_ranking, print_ranking, recipe_lines
+
+        keep = self.recipe.attention.keep_softmax
+        count = keep.count or -(-len(units_of(self.model, keep.unit)) // 10)
+        ranking = self._rank(keep, count, whole=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_ranking(ranking, folder / RANKING_FILE)
+        draw_ranking(ranking, folder / CHART_FILE)
+        print_ranking(ranking)
+        self.log.say(f"written: {folder / RANKING_FILE} and {folder / CHART_FILE}; for the recipe:")
+        self.log.say(recipe_lines(ranking, count))
+
+    def _rank(self, keep, count: int, *, whole: bool = False) -> dict:
+        """The ranking, on the end of the held-out text (the report card reads its start), saved in the work folder."""
+        from linearize_eval.ranking import Scale, num_sets, rank, save_ranking
+
+        total = num_sets(len(units_of(self.model, keep.unit)), count, whole=whole)
+        bar = self.log.progress("ranking", start=0, total=total)
+        scale = Scale(
+            self.model, self._held_out_rows(from_end=True), distances=self.recipe.rank_distances,
+            bos_token_id=self.tokenizer.bos_token_id, batch_size=self.recipe.run.micro_batch,
+            state_bytes=self._state_bytes, on_set=bar.update,
+        )  # fmt: skip
+        ranking = rank(scale, unit=keep.unit, by=keep.by, count=count, whole=whole)
+        bar.close()
+        save_ranking(ranking, self.work / "ranking.json")
+        return ranking
 
     def finetune(self) -> None:
         recipe = self.recipe
@@ -200,13 +291,16 @@ class _Run:
         }
         return variants, {"window + sinks": f"window {window} + {sinks} sinks, untrained, equal bytes"}
 
-    def _held_out_rows(self) -> torch.Tensor:
-        """[N, T] int64: the held-out tokens as plain text of the length the report card asks for."""
+    def _held_out_rows(self, *, from_end: bool = False) -> torch.Tensor:
+        """[N, T] int64: the held-out tokens as plain text of the length the report card asks for.
+
+        from_end: the last RANK_ROWS rows, which the report card does not see where there is text enough.
+        """
         settings = self.recipe.evaluate
         tokens = torch.from_numpy(self.data.held_out.tokens.astype("int64"))
         length = min(settings.sequence_length, tokens.shape[0])
-        count = min(settings.sequences, tokens.shape[0] // length)
-        return tokens[: count * length].view(count, length)
+        rows = tokens[: tokens.shape[0] // length * length].view(-1, length)
+        return rows[-RANK_ROWS:] if from_end else rows[: settings.sequences]
 
     def _state_bytes(self, length: int) -> int:
         """Of one sequence: converted layers' states, and the KV cache of the layers that stay as they are."""
@@ -232,6 +326,8 @@ class _Run:
             "README.md": model_card(self.recipe, self.results, report_markdown(report) if report else None),
             "log.jsonl": self.work / "log.jsonl",
         }
+        if (self.work / "ranking.json").exists():
+            files["ranking.json"] = self.work / "ranking.json"
         if report is not None:
             files |= {name: self.work / "report" / name for name in REPORT_FILES}
         export(self.model, self.tokenizer, folder, dtype=dtype, files=files)
@@ -287,32 +383,3 @@ def _trackers(recipe: Recipe, accelerator: Accelerator):
         return None
     accelerator.init_trackers(recipe.name, config={"recipe": to_yaml(recipe)})
     return accelerator
-
-
-def _open_work(work: Path, recipe: Recipe, *, force: bool) -> None:
-    """Makes the work folder, or checks that what was computed in it belongs to this recipe."""
-    path, now = work / "settings.json", _settings(recipe)
-    if force:
-        shutil.rmtree(work, ignore_errors=True)
-    if path.exists() and (work / "calibrated.safetensors").exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(k for k in {*before, *now} - {"evaluate"} if before.get(k) != now.get(k))
-        if changed:
-            raise TrainingError(
-                f"{work} holds an unfinished run with other settings of {', '.join(changed)}. Start over with --force, "
-                "or set another output.folder."
-            )
-        if before["evaluate"] != now["evaluate"]:
-            shutil.rmtree(work / "report", ignore_errors=True)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_text(json.dumps(now, indent=1), encoding="utf-8")
-        os.replace(path.with_suffix(".tmp"), path)
-    except OSError as error:
-        raise ExportError(f"{work} could not be made: {error}. Choose another output.folder.") from error
-
-
-def _settings(recipe: Recipe) -> dict:
-    """The sections that decide what the training computes, and the report card's."""
-    names = ("model", "attention", "data", "calibrate", "match", "finetune", "evaluate")
-    return {**{name: asdict(getattr(recipe, name)) for name in names}, "run.seed": recipe.run.seed}

@@ -17,17 +17,25 @@ except ModuleNotFoundError as error:  # an exported folder carries the reference
     from .reference import attention_reference as hybrid_attention
     from .state import State
 
+from .softmax_heads import HeadSplit
+
 
 class LinearAttention(nn.Module):
     """The learned part of a layer: maps, key centre and far gate; all parameters are float32.
+
+    kv heads in `kept` (numbers in the layer) stay softmax and own nothing here: everything below is of the others,
+    `heads` tells which is which.
 
     far weight of key j for query i:  exp(gate_bias + gate_weight·q_i) f(q_map q_i, k_map (k_j - key_center))
 
     The gate carries exp(scaling · q·k̄), which costs no state; the series only has to carry what is left.
     """
 
-    def __init__(self, *, num_heads, num_kv_heads, head_dim, window, sinks, feature_map, map_dim, per, decay):
+    def __init__(self, *, num_heads, num_kv_heads, head_dim, window, sinks, feature_map, map_dim, per, decay,
+                 kept=()):  # fmt: skip
         super().__init__()
+        self.heads = HeadSplit(num_heads, num_kv_heads, kept)
+        num_heads, num_kv_heads = self.heads.num_linear
         far_heads = num_kv_heads if per == "kv_head" else num_heads
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.window, self.sinks, self.feature_map = window, sinks, feature_map
@@ -53,6 +61,23 @@ class LinearAttention(nn.Module):
         if self.decay_logit is not None:
             self.decay_logit.fill_(-8.0)  # a decay of 0.0003 a token
 
+    @torch.no_grad()
+    def keeping(self, kept) -> "LinearAttention":
+        """A copy in which the kv heads `kept` (numbers in the layer) are softmax too; other parameters are equal."""
+        gone = [self.heads.linear.index(g) for g in kept]
+        rest = HeadSplit(self.num_heads, self.num_kv_heads, gone)
+        with torch.device("meta"):
+            other = LinearAttention(
+                num_heads=self.heads.num_heads, num_kv_heads=self.heads.num_kv_heads, head_dim=self.head_dim,
+                window=self.window, sinks=self.sinks, feature_map=self.feature_map, map_dim=self.q_map.shape[-1],
+                per="kv_head" if self.k_map.shape[0] == self.num_kv_heads else "query_head",
+                decay=self.decay_logit is not None, kept=(*self.heads.kept, *kept),
+            )  # fmt: skip
+        other.far_enabled = self.far_enabled
+        state = {name: rest.linear_part(p.detach().clone(), dim=0)[0] for name, p in self.named_parameters()}
+        other.load_state_dict(state, assign=True)
+        return other
+
     @property
     def log_decay(self) -> torch.Tensor | None:
         """[M] log of the far term's decay a token, below 0; None without decay."""
@@ -75,8 +100,10 @@ class LinearAttention(nn.Module):
 
         valid [B, T] bool marks tokens that are not padding; segments [B, T] int numbers packed documents;
         softcap and sink_logits [H] are the base model's own, where it has them; the State is None unless
-        return_state.
+        return_state. H and G are the linear heads alone.
         """
+        if not self.num_heads:
+            return torch.empty_like(q), state
         with torch.autocast(q.device.type, enabled=False):
             q_far, k_far, gate = self.project(q, k)
             if not self.far_enabled:

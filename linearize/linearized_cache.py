@@ -1,9 +1,12 @@
-"""The cache of a converted layer in transformers' terms: one `State`, of constant size."""
+"""The cache of a converted layer in transformers' terms: one `State`, of constant size, for its linear heads.
+
+Where a layer keeps some kv heads in softmax, those heads' keys and values are held beside it, and grow.
+"""
 
 from dataclasses import replace
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 DRAFT_SLOTS = 128  # newest tokens that can be taken back again while assisted decoding is on
 
@@ -13,7 +16,10 @@ class CacheError(ValueError):
 
 
 class LinearizedCacheLayer(CacheLayerMixin):
-    """Holds a layer's `State` between calls. `keys` and `values` stay None: nothing grows with the text."""
+    """Holds a layer's `State` between calls, and in `kept` the keys and values of heads kept in softmax, if any.
+
+    Its own `keys` and `values` stay None: of the linear heads nothing grows with the text.
+    """
 
     is_sliding = False  # masks for the full-attention layers a model has kept may be sized by this layer
     supports_early_init = False
@@ -25,6 +31,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
         self.num_seen = 0  # slots, padding included
         self.num_extra = 0  # ring slots beyond the window, kept so that tokens can be cropped
         self.num_in_ring = 0  # slots of the ring that hold something
+        self.kept = DynamicLayer()  # keys and values [B, kept kv heads, S, D]
         self.log_decay = None  # [M] of the layer that fills this cache, where it has one
 
     def attend(self, linear_attn, q, k, v, **options):
@@ -37,6 +44,10 @@ class LinearizedCacheLayer(CacheLayerMixin):
         self.num_seen += q.shape[2]
         self.num_in_ring = min(self.num_in_ring + q.shape[2], self.state.ring_valid.shape[1])
         return out
+
+    def update_kept(self, k, v):
+        """Adds the kept heads' new k, v [B, ., T, D]; returns all of them [B, ., S, D]."""
+        return self.kept.update(k, v)
 
     def activate_past_recording(self) -> None:
         """Makes room for taking back up to DRAFT_SLOTS tokens (assisted decoding, prompt lookup)."""
@@ -65,6 +76,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
                 f"most {DRAFT_SLOTS} at a time (num_assistant_tokens, prompt_lookup_num_tokens)."
             )
         self.state = self.state.crop(count)
+        self.kept.crop(-count)
         if self.log_decay is not None:  # the sum is weighted as seen from the next token, now an earlier one
             undo = torch.exp((-count * self.log_decay.detach().float()).clamp_max(80))[:, None, None]
             self.state = replace(self.state, total=self.state.total * undo)
@@ -97,25 +109,34 @@ class LinearizedCacheLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self.kept.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda t: t.repeat_interleave(repeats, 0))
+        self.kept.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._map(lambda t: t[indices.to(t.device)])
+        self.kept.batch_select_indices(indices)
 
     def offload(self) -> None:
         if self.state is not None:
             self.device = self.state.total.device
             self._map(lambda t: t.to("cpu", non_blocking=True))
+            self.kept.offload()
 
     def prefetch(self) -> None:
         if self.state is not None and self.state.total.device != self.device:
             self._map(lambda t: t.to(self.device, non_blocking=True))
+            self.kept.prefetch()
 
     def reset(self) -> None:
         self.state, self.num_seen, self.num_in_ring, self.is_initialized = None, 0, 0, False
+        self.kept = DynamicLayer()
 
     def num_bytes(self) -> int:
         """Bytes held, the whole batch."""
-        return 0 if self.state is None else self.state.num_bytes()
+        if self.state is None:
+            return 0
+        kept = (self.kept.keys, self.kept.values) if self.kept.is_initialized else ()
+        return self.state.num_bytes() + sum(t.nbytes for t in kept)

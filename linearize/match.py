@@ -41,11 +41,14 @@ class MatchStage:
         figures = {}
 
         def observer(module, q, k, v, out, *, scaling, softcap, sink_logits, **_):
+            layer = self.layers[module.layer_idx]
+            q, k, v, out = layer.heads.linear_part(q, k, v, out.transpose(1, 2))
+            (sink_logits,) = layer.heads.linear_part(sink_logits, dim=0)
             with torch.set_grad_enabled(backward):
-                predicted, _ = self.layers[module.layer_idx](
+                predicted, _ = layer(
                     q, k, v, scaling=scaling, valid=valid, segments=segments, softcap=softcap, sink_logits=sink_logits
                 )
-                loss = scale * relative_error(predicted, out.transpose(1, 2), valid).sum()
+                loss = scale * relative_error(predicted, out, valid).sum()
                 if backward:
                     loss.backward()
             figures[f"layer {module.layer_idx}"] = loss.detach()

@@ -41,7 +41,9 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 def model_card(recipe: Recipe, results: list[StageResult], report: str | None) -> str:
     """Markdown; `report` is the report card as markdown, or None where the recipe asked for none."""
     attention = recipe.attention
-    kept = attention.keep_softmax
+    keep = attention.keep_softmax
+    kept = [f"layers {', '.join(map(str, keep.layers))}"] if keep.layers else []
+    kept += [f"kv heads {', '.join(f'{layer}.{head}' for layer, head in keep.heads)}"] if keep.heads else []
     return _CARD.format(
         name=recipe.name,
         base=PurePath(recipe.model.id).name,
@@ -49,7 +51,7 @@ def model_card(recipe: Recipe, results: list[StageResult], report: str | None) -
         sinks=attention.sinks,
         feature_map=attention.feature_map.name,
         dim=attention.feature_map.dim,
-        kept=f", but for layers {', '.join(map(str, kept))}, which stayed as they were" if kept else "",
+        kept=f", but for {' and '.join(kept)}, which stayed softmax" if kept else "",
         folder=recipe.output_folder,
         training="\n".join(_stage_line(r) for r in results) or "None: calibrated only.",
         report=report or "Nothing: the recipe asked for no report card (evaluate.sequences: 0).",

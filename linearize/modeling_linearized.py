@@ -37,6 +37,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .linear_attention import FEATURE_MAPS, LinearAttention, State, hybrid_attention
 from .linearized_cache import CacheError, LinearizedCacheLayer
+from .softmax_heads import kept_attention, softmax_function
 
 LINEARIZED = "linearized"  # model type, and the attention implementation in which converted layers are linear
 TEACHER = "linearized_teacher"  # the attention implementation in which they run the base model's softmax
@@ -54,21 +55,32 @@ def linearized_attention(module, query, key, value, attention_mask, scaling=None
     Returns (out [B, T, H, D], None).
     """
     valid, segments = linear_context.on(query.device)
+    linear, heads, layer = module.linear_attn, module.linear_attn.heads, _cache_layer(module, linear_cache)
+    q, k, v = heads.linear_part(query, key, value)
+    (sink_logits,) = heads.linear_part(kwargs.get("s_aux"), dim=0)
     options = dict(
-        scaling=_scaling(query, scaling), valid=valid, segments=segments,
-        softcap=kwargs.get("softcap"), sink_logits=kwargs.get("s_aux"),
+        scaling=_scaling(query, scaling), valid=valid, segments=segments, softcap=kwargs.get("softcap"),
+        sink_logits=sink_logits,
     )  # fmt: skip
-    if linear_cache is None:
-        out, _ = module.linear_attn(query, key, value, **options)
-    else:
-        layer = linear_cache.layers[module.layer_idx] if module.layer_idx < len(linear_cache.layers) else None
-        if not isinstance(layer, LinearizedCacheLayer):
-            raise CacheError(
-                f"the cache handed to the model ({type(linear_cache).__name__}) holds no state for converted "
-                f"layer {module.layer_idx}. Leave past_key_values out, or pass model.make_cache()."
-            )
-        out = layer.attend(module.linear_attn, query, key, value, **options)
-    return out.transpose(1, 2).contiguous(), None
+    out = linear(q, k, v, **options)[0] if layer is None else layer.attend(linear, q, k, v, **options)
+    out = out.transpose(1, 2)
+    if heads.kept:
+        softmax = kept_attention(module, heads, query, key, value, attention_mask, layer, scaling=scaling, **kwargs)
+        out = heads.merge(out, softmax)
+    return out.contiguous(), None
+
+
+def _cache_layer(module, cache):
+    """The converted layer's own part of a Cache; None without one."""
+    if cache is None:
+        return None
+    layer = cache.layers[module.layer_idx] if module.layer_idx < len(cache.layers) else None
+    if not isinstance(layer, LinearizedCacheLayer):
+        raise CacheError(
+            f"the cache handed to the model ({type(cache).__name__}) holds no state for converted layer "
+            f"{module.layer_idx}. Leave past_key_values out, or pass model.make_cache()."
+        )
+    return layer
 
 
 def teacher_attention(module, query, key, value, attention_mask, scaling=None, observer=None, **kwargs):
@@ -86,21 +98,9 @@ def teacher_attention(module, query, key, value, attention_mask, scaling=None, o
     return out, weights
 
 
-def softmax_function(module):
-    """The attention function the base model would call in this module."""
-    implementation = module.config._softmax_implementation
-    if implementation != "eager":
-        return ALL_ATTENTION_FUNCTIONS[implementation]
-    for cls in type(module).__mro__:
-        eager = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-        if eager is not None:
-            return eager
-    raise ValueError(f"{type(module).__name__}: no eager_attention_forward beside it, so it is not supported")
-
-
 def linearized_mask(*, config, **kwargs):
-    """No mask where every layer is converted (padding goes another way), else the softmax layers' own."""
-    return softmax_mask(config=config, **kwargs) if config._has_softmax_layers else None
+    """No mask where every head is linear (padding goes another way), else that of the softmax layers and heads."""
+    return softmax_mask(config=config, **kwargs) if config._has_softmax else None
 
 
 def softmax_mask(*, config, **kwargs):
@@ -188,14 +188,15 @@ def attach(model) -> None:
         config._softmax_implementation = config._attn_implementation
     softmax_config = copy.copy(config)
     softmax_config._attn_implementation = config._softmax_implementation
-    config._has_softmax_layers = set(modules) != set(spec["layers"])
+    config._has_softmax = set(modules) != set(spec["layers"]) or any(spec["kept_heads"])
     config._attn_implementation = LINEARIZED
-    for index, (heads, kv_heads, head_dim) in zip(spec["layers"], spec["shapes"], strict=True):
+    per_layer = zip(spec["layers"], spec["shapes"], spec["kept_heads"], strict=True)
+    for index, (heads, kv_heads, head_dim), kept in per_layer:
         module = modules[index]
         module.linear_attn = LinearAttention(
             num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, window=spec["window"],
             sinks=spec["sinks"], feature_map=spec["feature_map"], map_dim=spec["map_dim"], per=spec["per"],
-            decay=spec["decay"],
+            decay=spec["decay"], kept=kept,
         ).to(next(module.parameters()).device)  # fmt: skip
         module.__class__ = _linearized_attention_class(type(module))
     for index, module in modules.items():
@@ -231,7 +232,7 @@ class LinearizedConfigMixin:
 
     def to_dict(self):
         output = super().to_dict()
-        for name in ("_softmax_implementation", "_has_softmax_layers"):
+        for name in ("_softmax_implementation", "_has_softmax"):
             output.pop(name, None)
         return output
 
@@ -307,7 +308,7 @@ def code_files() -> list[Path]:
     """The source files an exported folder needs; wherever they lie, they go side by side into the folder."""
     reference = sys.modules[hybrid_attention.__module__].__file__
     states = [Path(sys.modules[x.__module__].__file__) for x in (State, FEATURE_MAPS["taylor"])]
-    names = ("modeling_linearized", "linear_attention", "linearized_cache")
+    names = ("modeling_linearized", "linear_attention", "linearized_cache", "softmax_heads")
     own = [Path(__file__).with_name(f"{name}.py") for name in names]
     return own + [Path(reference).with_name("reference.py")] + states
 

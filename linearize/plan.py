@@ -4,7 +4,8 @@ import time
 
 import torch
 
-from .architecture import linearize_
+from .architecture import keep_softmax_, linearize_
+from .kept_softmax import evenly_spaced, heads_by_layer, units_of, written_down
 from .loading import load_teacher_config, pick_device
 from .modeling_linearized import linear_attentions
 from .recipe import Recipe, to_yaml
@@ -15,10 +16,15 @@ CONTEXTS = (1024, 8192, 32768)
 def plan(recipe: Recipe) -> str:
     """The resolved recipe and what it comes to, as text. Loads no weights."""
     model = build_on_meta(recipe)
+    keep = recipe.attention.keep_softmax
+    if keep.count:  # which ones is not known yet unless by: even; the sizes are those of any choice
+        chosen = evenly_spaced(units_of(model, keep.unit), keep.count)
+        keep_softmax_(model, heads_by_layer(chosen))
+        keep = written_down(keep, chosen)
     layers = linear_attentions(model)
     device = pick_device(recipe.run.device)
-    lines = [to_yaml(recipe).rstrip(), "", *_replacement_lines(model, layers), *_memory_lines(recipe, model, layers)]
-    return "\n".join([*lines, _time_line(recipe, model, device)])
+    lines = [to_yaml(recipe).rstrip(), "", *_replacement_lines(recipe, model, layers)]
+    return "\n".join([*lines, *_memory_lines(recipe, keep, model, layers), _time_line(recipe, model, device)])
 
 
 def build_on_meta(recipe: Recipe):
@@ -32,32 +38,50 @@ def build_on_meta(recipe: Recipe):
         return linearize_(model, recipe.attention)
 
 
-def _replacement_lines(model, layers) -> list[str]:
+def _replacement_lines(recipe, model, layers) -> list[str]:
     first = next(iter(layers.values()))
     new = sum(p.numel() for layer in layers.values() for p in layer.parameters())
     total = sum(p.numel() for p in model.parameters())
     num_layers = model.config.get_text_config().num_hidden_layers
+    keep, heads = recipe.attention.keep_softmax, first.heads
+    kept = [f"{layer}.{head}" for layer, linear in layers.items() for head in linear.heads.kept]
+    lines = [f"kept         single kv heads in softmax: {', '.join(kept)}"] if kept else []
+    if keep.count and keep.by != "even":
+        chosen = f"{keep.count} {keep.unit.replace('_', ' ')}s, by {keep.by}"
+        lines.append(f"chosen       after matching: {chosen}; evenly spaced ones stand in for them here")
     return [
         f"model        {type(model).__name__}: {total / 1e6:,.1f} M parameters, of which {new / 1e6:.2f} M new",
         f"replaced     {len(layers)} of {num_layers} layers: {_ranges(list(layers))}",
-        f"each layer   {first.num_heads} query heads, {first.num_kv_heads} kv heads, head dim {first.head_dim}, "
+        *lines,
+        f"each layer   {heads.num_heads} query heads, {heads.num_kv_heads} kv heads, head dim {first.head_dim}, "
         f"window {first.window}, {first.sinks} sinks, {first.feature_map} map of dimension {first.q_map.shape[-1]}",
     ]
 
 
-def _memory_lines(recipe, model, layers) -> list[str]:
+def _memory_lines(recipe, keep, model, layers) -> list[str]:
     size = 2
     state = sum(layer.state_bytes(dtype_bytes=size) for layer in layers.values())
     per_token = sum(layer.token_bytes(dtype_bytes=size) for layer in layers.values())
-    caches = ", ".join(f"{per_token * n / 2**20:,.1f} at {n}" for n in CONTEXTS)
+    kept = _kept_heads(keep, layers) * 2 * next(iter(layers.values())).head_dim * size
+    caches, kept_caches = (
+        ", ".join(f"{bytes_ * n / 2**20:,.1f} at {n}" for n in CONTEXTS) for bytes_ in (per_token, kept)
+    )
     width = 4 if pick_device(recipe.run.device).type == "cpu" else 2
     weights = sum(p.numel() for p in model.parameters()) * width
     logits = recipe.run.micro_batch * recipe.data.sequence_length * model.config.get_text_config().vocab_size * width
     need = (weights + 6 * logits) / 2**30 + 0.8
     return [
         f"state        {state / 2**20:,.2f} MiB a sequence at any length; KV cache it replaces, MiB: {caches} (bf16)",
+        *([f"kept cache   of what stays softmax by this recipe, MiB: {kept_caches}"] if kept else []),
         f"memory       about {need:,.1f} GiB while training (weights and logits; estimate)",
     ]
+
+
+def _kept_heads(keep, layers) -> int:
+    """How many kv heads the recipe keeps in softmax; layers of one shape."""
+    per_layer = next(iter(layers.values())).heads.num_kv_heads
+    whole = len({*keep.layers, *(layer for layer, _ in keep.heads)} - set(layers))
+    return per_layer * whole + sum(len(linear.heads.kept) for linear in layers.values())
 
 
 def _time_line(recipe, model, device) -> str:

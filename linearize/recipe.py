@@ -15,6 +15,7 @@ from linearize import config, shipped
 from linearize.errors import RecipeError
 from linearize.settings import Section, setting
 
+SHORTEST_COPY = 16  # tokens: over less, copying says nothing (the first eight of a repetition do not count)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -39,6 +40,31 @@ class FeatureMapSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeepSoftmaxSettings(Section):
+    """What stays softmax: named layers and kv heads, and as many more as asked, chosen after matching."""
+
+    layers: list[int] = setting([], help="whole layers, from 0", minimum=0, unique=True)
+    heads: list[list[int]] = setting([], help="single kv heads, [layer, head] each, from 0")
+    count: int = setting(0, help="how many more to choose once the layers are matched", minimum=0)
+    by: Literal["recall", "kl", "even"] = setting(
+        "recall", help="what the choice makes small: copy perplexity, KL to the original; even: spaced evenly"
+    )
+    unit: Literal["layer", "kv_head"] = setting("layer", help="what count counts")
+
+    def check(self) -> Iterator[str]:
+        """Heads are pairs, each once, of layers that are not kept whole."""
+        bad = [pair for pair in self.heads if len(pair) != 2 or min(pair) < 0]
+        if bad:
+            yield f"heads: must be [layer, head] pairs, from 0, is {bad[0]}"
+            return
+        if len({tuple(pair) for pair in self.heads}) < len(self.heads):
+            yield f"heads: must not repeat an entry, is {self.heads}"
+        twice = sorted({layer for layer, _ in self.heads} & set(self.layers))
+        if twice:
+            yield f"heads: layers {twice} are kept whole by layers; name them in one of the two"
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionSettings(Section):
     """What replaces softmax attention."""
 
@@ -46,7 +72,7 @@ class AttentionSettings(Section):
     sinks: int = setting(4, help="first tokens of a text that stay exact", minimum=0)
     feature_map: FeatureMapSettings = field(default_factory=FeatureMapSettings)
     decay: bool = setting(False, help="a learned decay per head of the older tokens")
-    keep_softmax: list[int] = setting([], help="layers left as they are, from 0", minimum=0, unique=True)
+    keep_softmax: KeepSoftmaxSettings = field(default_factory=KeepSoftmaxSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +228,25 @@ class Recipe(Section):
         """Where everything of this conversion goes."""
         return Path(self.output.folder) if self.output.folder else Path("runs") / self.name
 
+    @property
+    def rank_distances(self) -> list[int]:
+        """Distances of copy recall at which layers are ranked: a row holds them, and twice that is not too long."""
+        longest = self._longest_rank_distance
+        return sorted(d for d in self.evaluate.recall_distances if SHORTEST_COPY <= d <= longest)
+
+    @property
+    def _longest_rank_distance(self) -> int:
+        row = self.evaluate.sequence_length
+        return min(row - 1, max(self.data.sequence_length, row) // 2)  # a row may begin with a BOS token
+
     def check(self) -> Iterator[str]:
         """Settings of different groups that do not go together."""
+        keep = self.attention.keep_softmax
+        if keep.count and keep.by == "recall" and not self.rank_distances:
+            yield (
+                f"attention.keep_softmax.by: recall needs an evaluate.recall_distances of {SHORTEST_COPY} to "
+                f"{self._longest_rank_distance}, by the sequence lengths; add one, or choose by kl"
+            )
         exact, length = self.attention.window + self.attention.sinks, self.data.sequence_length
         stages = {"match": self.match, "finetune": self.finetune}
         trained = {name: stage for name, stage in stages.items() if stage.tokens}

@@ -5,7 +5,7 @@ Each is a context manager; on leaving, the model is as before.
 
 from contextlib import ExitStack, contextmanager
 
-from .modeling_linearized import LINEARIZED, TEACHER, linear_attentions
+from .modeling_linearized import LINEARIZED, TEACHER, attention_modules, linear_attentions
 
 
 @contextmanager
@@ -34,6 +34,25 @@ def ablated_attention(model, *, far=True, window=None, sinks=None):
     finally:
         for layer, (far_enabled, old_window, old_sinks) in zip(layers, before, strict=True):
             layer.far_enabled, layer.window, layer.sinks = far_enabled, old_window, old_sinks
+
+
+@contextmanager
+def restored_softmax(model, heads: dict[int, list[int]]):
+    """Converted layers with the softmax of some kv heads back: {layer: kv heads, numbered in the layer}.
+
+    What is measured inside is the model that `architecture.keep_softmax_` would make. No cache goes in or out.
+    """
+    modules, config = attention_modules(model), model.config
+    before = {layer: modules[layer].linear_attn for layer in heads}
+    has_softmax, config._has_softmax = config._has_softmax, config._has_softmax or any(heads.values())
+    for layer, kept in heads.items():
+        modules[layer].linear_attn = before[layer].keeping(kept)
+    try:
+        yield model
+    finally:
+        config._has_softmax = has_softmax
+        for layer, linear in before.items():
+            modules[layer].linear_attn = linear
 
 
 @contextmanager

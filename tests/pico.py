@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from linearize.architecture import linearize_
 from linearize.modeling_linearized import linear_attentions
-from linearize.recipe import AttentionSettings, FeatureMapSettings
+from linearize.recipe import AttentionSettings, FeatureMapSettings, KeepSoftmaxSettings
 
 VOCABULARY = 96
 WINDOW, SINKS = 5, 2
@@ -110,11 +110,13 @@ def make_from_config(config, *, seed: int = 0, dtype=torch.float32):
     return model
 
 
-def attention(*, window=WINDOW, sinks=SINKS, name="taylor", dim=4, per="kv_head", decay=True, keep_softmax=()):
-    """The recipe's attention section, small."""
+def attention(*, window=WINDOW, sinks=SINKS, name="taylor", dim=4, per="kv_head", decay=True, keep_softmax=(),
+              heads=()):  # fmt: skip
+    """The recipe's attention section, small; `keep_softmax` layers, and `heads`, pairs, stay softmax."""
+    keep = KeepSoftmaxSettings(layers=list(keep_softmax), heads=[list(pair) for pair in heads])
     feature_map = FeatureMapSettings(name=name, dim=dim, per=per)
     return AttentionSettings(
-        window=window, sinks=sinks, feature_map=feature_map, decay=decay, keep_softmax=list(keep_softmax)
+        window=window, sinks=sinks, feature_map=feature_map, decay=decay, keep_softmax=keep
     )
 
 

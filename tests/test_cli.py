@@ -101,6 +101,7 @@ def test_options_are_frozen():
     assert options == {
         "": ["--version"],
         "convert": ["--set", "--dry-run", "--force"],
+        "rank-layers": ["--set", "--force"],
         "generate": [
             "--prompt",
             "--chat",

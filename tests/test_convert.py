@@ -198,7 +198,7 @@ def test_settings_that_cannot_be(tmp_path, model, text, capsys):
         "attention.window=0": "must be at least 1, is 0",
         "attention.window=64": "with sinks it covers 66 tokens",
         "attention.feature_map.dim=0": "attention.feature_map.dim",
-        "attention.keep_softmax=[7]": "attention.keep_softmax: layers [7]",
+        "attention.keep_softmax.layers=[7]": "attention.keep_softmax.layers: layers [7]",
         "finetune.lora.targets=[q_proj, gate]": "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
     }.items():
         assert_refused(capsys, recipe, errors.RecipeError, word, options=[option])
@@ -332,7 +332,7 @@ def test_the_plan_of_a_shipped_recipe(name, monkeypatch):
 
 
 def test_dry_run_writes_nothing(tmp_path, model, text, capsys):
-    recipe = save_recipe(tmp_path, model, text, **{"attention.keep_softmax": [0]})
+    recipe = save_recipe(tmp_path, model, text, **{"attention.keep_softmax.layers": [0]})
     assert cli.main(["convert", str(recipe), "--dry-run"]) == 0
     assert "replaced     1 of 2 layers: 1" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]

@@ -16,7 +16,9 @@ from linearize.settings import fields_of, is_section, setting_paths
 SCHEMA = """
 model.id model.revision model.dtype
 attention.window attention.sinks attention.feature_map.name attention.feature_map.dim
-attention.feature_map.per attention.decay attention.keep_softmax
+attention.feature_map.per attention.decay
+attention.keep_softmax.layers attention.keep_softmax.heads attention.keep_softmax.count attention.keep_softmax.by
+attention.keep_softmax.unit
 data.source data.name data.split data.column data.messages data.sequence_length data.packing data.held_out
 data.streaming data.seed
 calibrate.sequences
@@ -79,8 +81,11 @@ def test_every_setting_has_help_of_one_line():
         "attention.feature_map.dim=0",
         "attention.feature_map.name=elu",
         "attention.feature_map.per=head",
-        "attention.keep_softmax=[-1]",
-        "attention.keep_softmax=[1,1]",
+        "attention.keep_softmax.layers=[-1]",
+        "attention.keep_softmax.layers=[1,1]",
+        "attention.keep_softmax.count=-1",
+        "attention.keep_softmax.by=ppl",
+        "attention.keep_softmax.unit=head",
         "data.sequence_length=1",
         "data.held_out=0",
         "data.seed=-1",

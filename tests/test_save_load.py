@@ -33,6 +33,7 @@ CODE = {
     "modeling_linearized.py": linearize,
     "linear_attention.py": linearize,
     "linearized_cache.py": linearize,
+    "softmax_heads.py": linearize,
     "reference.py": linearize_kernels,
     "feature_maps.py": linearize_kernels,
     "state.py": linearize_kernels,
