@@ -14,7 +14,7 @@ from .modeling_linearized import LinearizedAttentionMixin, linear_attentions
 from .train import ParameterGroup
 from .variants import teacher
 
-LOSS_CHUNK = 256  # tokens whose logits are taken to float32 at a time
+LOSS_CHUNK = 1024  # tokens whose logits are taken to float32 at a time
 
 
 def add_lora(model, lora):

@@ -39,7 +39,8 @@ class LinearAttention(nn.Module):
         far_heads = num_kv_heads if per == "kv_head" else num_heads
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.window, self.sinks, self.feature_map = window, sinks, feature_map
-        self.far_enabled = True  # False: window and sinks alone (an ablation, never saved)
+        self.far_enabled = feature_map != "none"  # False: window and sinks alone; also an ablation, then never saved
+        map_dim = map_dim if self.far_enabled else 1
         float32 = {"dtype": torch.float32}
         self.q_map = nn.Parameter(torch.empty(num_heads, head_dim, map_dim, **float32))
         self.k_map = nn.Parameter(torch.empty(far_heads, head_dim, map_dim, **float32))
@@ -79,6 +80,11 @@ class LinearAttention(nn.Module):
         return other
 
     @property
+    def series(self) -> str:
+        """What the kernels compute: without a far term they get a gate of -inf, and the smallest Taylor map."""
+        return "taylor" if self.feature_map == "none" else self.feature_map
+
+    @property
     def log_decay(self) -> torch.Tensor | None:
         """[M] log of the far term's decay a token, below 0; None without decay."""
         return None if self.decay_logit is None else -nn.functional.softplus(self.decay_logit)
@@ -110,7 +116,7 @@ class LinearAttention(nn.Module):
                 gate = torch.full_like(gate, -torch.inf)
             return hybrid_attention(
                 q, k, v, q_far, k_far, gate, scaling=scaling, window=self.window, sinks=self.sinks,
-                feature_map=self.feature_map, valid=valid, segments=segments, log_decay=self.log_decay,
+                feature_map=self.series, valid=valid, segments=segments, log_decay=self.log_decay,
                 softcap=softcap, sink_logits=sink_logits, state=state, return_state=return_state,
             )  # fmt: skip
 
@@ -119,7 +125,7 @@ class LinearAttention(nn.Module):
         far_heads, _, map_dim = self.k_map.shape
         dtype = torch.promote_types(k.dtype, torch.float32)
         k_far = k.new_zeros(k.shape[0], far_heads, 1, map_dim, dtype=dtype)
-        num_features = FEATURE_MAPS[self.feature_map].num_features(map_dim)
+        num_features = FEATURE_MAPS[self.series].num_features(map_dim)
         ring = max(self.window - 1, 0) + extra
         return State.empty(k, v, k_far, num_features=num_features, sinks=self.sinks, ring=ring)
 
@@ -130,7 +136,7 @@ class LinearAttention(nn.Module):
     def state_bytes(self, *, dtype_bytes: int) -> int:
         """Bytes that one sequence needs in this layer, with keys and values of `dtype_bytes` each."""
         far_heads, _, map_dim = self.k_map.shape
-        features = FEATURE_MAPS[self.feature_map].num_features(map_dim)
+        features = FEATURE_MAPS[self.series].num_features(map_dim)
         ring = max(self.window - 1, 0)
         far = 4 * far_heads * (features * (self.head_dim + 1) + map_dim * ring)  # float32
         return self.token_bytes(dtype_bytes=dtype_bytes) * (ring + self.sinks) + far

@@ -32,7 +32,9 @@ class ModelSettings(Section):
 class FeatureMapSettings(Section):
     """The learned map of queries and keys before the linear attention of older tokens."""
 
-    name: Literal["taylor", "hedgehog"] = setting("taylor", help="taylor: 1 + x + x^2/2; hedgehog: softmax")
+    name: Literal["taylor", "hedgehog", "none"] = setting(
+        "taylor", help="taylor: 1 + x + x^2/2; hedgehog: softmax; none: window and sinks alone, the baseline"
+    )
     dim: int = setting(16, help="width of the map; a Taylor state grows with its square", minimum=1)
     per: Literal["kv_head", "query_head"] = setting(
         "kv_head", help="keys' maps shared by a kv head's queries, or one a query head (a larger state)"
@@ -246,6 +248,11 @@ class Recipe(Section):
             yield (
                 f"attention.keep_softmax.by: recall needs an evaluate.recall_distances of {SHORTEST_COPY} to "
                 f"{self._longest_rank_distance}, by the sequence lengths; add one, or choose by kl"
+            )
+        if self.attention.feature_map.name == "none" and (self.calibrate.sequences or self.match.tokens):
+            yield (
+                "attention.feature_map.name: none leaves nothing to calibrate or match; set calibrate.sequences and "
+                "match.tokens to 0"
             )
         exact, length = self.attention.window + self.attention.sinks, self.data.sequence_length
         stages = {"match": self.match, "finetune": self.finetune}

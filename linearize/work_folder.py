@@ -17,7 +17,8 @@ def open_work(work: Path, recipe: Recipe, *, force: bool) -> None:
         shutil.rmtree(work, ignore_errors=True)
     if path.exists() and (work / "calibrated.safetensors").exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(k for k in {*before, *now} - {"evaluate", "choice"} if before.get(k) != now.get(k))
+        free = {"evaluate", "choice"} if (work / "finetune.pt").exists() else {"evaluate", "choice", "finetune"}
+        changed = sorted(k for k in {*before, *now} - free if before.get(k) != now.get(k))
         if changed:
             raise TrainingError(
                 f"{work} holds an unfinished run with other settings of {', '.join(changed)}. Start over with --force, "

@@ -231,10 +231,15 @@ def test_a_run_resumes_only_with_the_settings_it_began_with(tmp_path, model, tex
     assert "give the same command again to resume" in capsys.readouterr().err
     work = tmp_path / "out.work"
     for options, word in {
-        ("match.lr=0.5", "finetune.lora.rank=2"): "other settings of finetune, match",
+        ("match.lr=0.5", "finetune.lora.rank=2"): "other settings of match",
         ("run.seed=7",): "other settings of run.seed",
     }.items():
         assert_refused(capsys, recipe, errors.TrainingError, word, "--force", options=options)
+    (work / "finetune.pt").touch()  # until it has begun, finetuning may change
+    assert_refused(
+        capsys, recipe, errors.TrainingError, "other settings of finetune", "--force", options=["finetune.lora.rank=2"]
+    )
+    (work / "finetune.pt").unlink()
     assert (work / "match.pt").exists() and len(steps_of(work / "log.jsonl")) == 8
     folder = convert.convert(load_recipe(recipe, ["run.micro_batch=2", "run.checkpoint_every=2"]))
     assert len(steps_of(folder / "log.jsonl")) == 16

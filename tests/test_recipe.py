@@ -127,6 +127,7 @@ def test_impossible_values_are_refused_by_name(override):
     [
         (["finetune.loss.ce=0"], "finetune.loss.ce: must not be 0 together with kl"),
         (["match.tokens=100"], "match.tokens: 100 is less than a step of batch_tokens (16000); 0 skips"),
+        (["attention.feature_map.name=none"], "attention.feature_map.name: none leaves nothing to calibrate or match"),
         (["data.sequence_length=68"], "attention.window: with sinks it covers 68 tokens, all of"),
         (["evaluate.sequence_length=68"], "evaluate.sequence_length: must be more than attention.window"),
         (["match.batch_tokens=1023"], "match.batch_tokens: 1023 must be at least one forward pass"),

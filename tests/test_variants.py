@@ -55,6 +55,17 @@ def test_far_term_off_is_softmax_under_a_window_mask(window, sinks):
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_no_feature_map_is_softmax_under_a_window_mask(tmp_path):
+    """The baseline as a model of its own: no far term, next to no state but the window, the same when reloaded."""
+    base, model = make_models(feature_map=FeatureMapSettings(name="none"))
+    torch.testing.assert_close(logits(model), window_logits(base, 6, 2), rtol=1e-4, atol=1e-5)
+    layer = next(iter(linear_attentions(model).values()))
+    assert layer.state_bytes(dtype_bytes=4) < 1.5 * layer.token_bytes(dtype_bytes=4) * (5 + 2)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
+    torch.testing.assert_close(model(TOKENS[:, :30], use_cache=True).logits, logits(model)[:, :30], rtol=1e-4, atol=1e-5)
+
+
 def test_window_off_leaves_the_far_term_alone():
     """Every token, the newest included, then weighs as the series says; the gate cancels."""
     _, model = make_models()

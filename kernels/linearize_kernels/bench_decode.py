@@ -3,8 +3,8 @@
 B rows, H query heads, G kv heads, D head and value dim, d map dim, F Taylor features, n sinks, w window
 
 A graph holds one call for each of several layers, so that their memories together exceed the L2 cache. Our kernel
-folds 64 tokens into its sums at once, so a sample is 64 replays: a figure holds its share of folding.
-Counts: the sum is read each token and read and written once in 64; of ring slots, w + 31 are held on average.
+folds FOLD tokens into its sums at once, so a sample is FOLD replays: a figure holds its share of folding.
+Counts: the sum is read each token and read and written once in FOLD; of ring slots, w - 1 + FOLD / 2 are held.
 """
 
 import torch
@@ -16,7 +16,7 @@ from .bench_measure import Row, attempt, measure, measure_graph, poison, relativ
 from .bench_shapes import Cost, Shape, draw
 
 OPERATION = "decode a token"
-FOLD = 64
+FOLD = 32
 CHECKED = 70  # tokens compared: more than one fold
 LIMITS = {torch.float32: 1e-2, torch.bfloat16: 2e-2}
 WORKING_SET = 2**27  # bytes of several layers: beyond the 50 to 60 MB of L2 cache of an H100 or H200

@@ -39,9 +39,11 @@ class Config(NamedTuple):
 # (dtype, largest head dim) -> tiles. Found on an H100 (kernels/README.md); the tests run every entry.
 CONFIGS = {
     (torch.float32, 128): Config(*[Tiles(32, 32, 32, 4, 1)] * 3, SumTiles(32, 32, 4, 1), 256),
-    (torch.bfloat16, 64): Config(*[Tiles(64, 64, 32, 4, 3)] * 3, SumTiles(64, 64, 4, 3), 256),
+    (torch.bfloat16, 64): Config(
+        Tiles(64, 32, 32, 4, 3), Tiles(64, 32, 32, 4, 3, 168), Tiles(32, 64, 32, 4, 3), SumTiles(64, 128, 4, 3), 128
+    ),
     (torch.bfloat16, 128): Config(
-        Tiles(64, 64, 32, 4, 3), Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 8, 2), SumTiles(64, 64, 4, 3), 256
+        Tiles(64, 32, 32, 4, 3, 168), Tiles(64, 32, 32, 4, 3), Tiles(32, 64, 32, 8, 2), SumTiles(64, 64, 4, 2), 128
     ),
 }
 
