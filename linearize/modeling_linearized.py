@@ -328,7 +328,7 @@ def _padding(attention_mask, batch, length):
 
 def _packed_segments(position_ids, batch):
     """[B, T] number of the packed document: positions that do not go on by one start another. None: one."""
-    if position_ids is None:
+    if position_ids is None or position_ids.shape[-1] == 1:  # one token: nothing to read, no wait for the device
         return None
     segments = torch.nn.functional.pad(position_ids.diff(dim=-1) != 1, [1, 0]).long().cumsum(-1)
     return segments.expand(batch, -1) if segments[:, -1].any() else None
