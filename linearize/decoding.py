@@ -16,7 +16,7 @@ import torch
 from .errors import LinearizeError
 from .sampling import Sampler, Sampling
 from .state import State, read
-from .static_cache import StaticError, load_static, make_static_cache
+from .static_cache import StaticCache, StaticError
 
 MODES = ("auto", "graph", "static", "eager")
 CHECK_EVERY = 16  # tokens between looks at which rows have ended
@@ -27,10 +27,13 @@ class Decoder:
 
     mode: "graph" (a CUDA graph over static state), "static" (the same without a graph), "eager" (the model's
     own cache), "auto" (graph on a GPU where the model can, else eager). Raises StaticError where a forced mode
-    cannot run. eos, pad: token ids, by default the model's.
+    cannot run. eos, pad: token ids, by default the model's. max_length: the most tokens of a row, prompt
+    included; needed for static decoding where layers have kept softmax, whose keys then get that much room. An
+    unconverted model decodes here too, as one that has kept all layers.
     """
 
-    def __init__(self, model, *, batch: int, sampling: Sampling | None = None, eos=None, pad=None, mode: str = "auto"):
+    def __init__(self, model, *, batch: int, sampling: Sampling | None = None, eos=None, pad=None, mode: str = "auto",
+                 max_length: int | None = None):  # fmt: skip
         if mode not in MODES:
             raise LinearizeError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
         self.model, self.device, self.why_eager, self.graph, self.cache = model, model.device, "", None, None
@@ -43,7 +46,7 @@ class Decoder:
         self.position = torch.zeros(batch, dtype=torch.long, device=self.device)  # of self.token in its row
         self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
         self.mask = None  # [B, seen] where the model's own cache needs one
-        self._choose_mode(mode, batch)
+        self._choose_mode(mode, batch, max_length)
 
     def prefill(self, input_ids, attention_mask=None, *, state: State | None = None):
         """Reads prompts [B, T], padded on the left, after `state`; returns the first new tokens [B]."""
@@ -55,7 +58,7 @@ class Decoder:
         if len(state) != len(self.token):
             raise LinearizeError(f"a state of {len(state)} rows for a decoder of {len(self.token)}; see State.select")
         if self.is_static:
-            load_static(self.cache, state.cache, slice(None))
+            self.cache.load(state)
         else:
             self.cache, self.mask = state.copy().cache, state.tokens >= 0
         self.position.copy_(state.lengths - 1)
@@ -78,17 +81,23 @@ class Decoder:
         return tokens
 
     def _advance(self) -> None:
+        if self.is_static:
+            self.cache.take_slot()
         self.graph.replay() if self.graph else self._step()
 
     @torch.no_grad()
     def _step(self) -> None:
         """One token of every row through the model, and the choice of the next: what the graph holds."""
-        if self.mask is not None:
-            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        if self.is_static:
+            mask = self.cache.open_slot()
+        else:
+            mask = self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
         out = self.model(
-            input_ids=self.token[:, None], position_ids=self.position[:, None], attention_mask=self.mask,
+            input_ids=self.token[:, None], position_ids=self.position[:, None], attention_mask=mask,
             past_key_values=self.cache, use_cache=True,
         )  # fmt: skip
+        if self.is_static:
+            self.cache.close_slot()
         self._choose(out.logits[:, -1])
 
     def _choose(self, logits) -> None:
@@ -99,16 +108,16 @@ class Decoder:
 
     @property
     def is_static(self) -> bool:
-        return self.cache is not None and self.mask is None
+        return isinstance(self.cache, StaticCache)
 
-    def _choose_mode(self, mode, batch) -> None:
+    def _choose_mode(self, mode, batch, max_length) -> None:
         """Sets up static state and graph where wanted; in mode auto says in `why_eager` what was in the way."""
         if mode == "eager":
             return
         try:
             if mode != "static" and self.device.type != "cuda":
                 raise StaticError(f"the model is on {self.device.type}; a graph needs a CUDA GPU")
-            self.cache = make_static_cache(self.model, batch=batch)
+            self.cache = StaticCache(self.model, batch=batch, slots=max_length)
             if mode != "static":
                 self._capture()
         except StaticError as error:
@@ -171,7 +180,10 @@ def generate(model, input_ids=None, attention_mask=None, *, max_new_tokens: int,
     if input_ids is not None:
         state = read(model, input_ids, attention_mask, state=state)
     if decoder is None:
-        decoder = Decoder(model, batch=len(state), sampling=sampling, eos=eos, pad=pad, mode=mode)
+        length = state.tokens.shape[1] + max_new_tokens + CHECK_EVERY
+        decoder = Decoder(
+            model, batch=len(state), sampling=sampling, eos=eos, pad=pad, mode=mode, max_length=length
+        )
     rows = _Rows(decoder, stop_strings, tokenizer)
     every = 1 if decoder.graph is None else CHECK_EVERY
     for tokens in stream(decoder, decoder.start(state), max_new_tokens, every=every):

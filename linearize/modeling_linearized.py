@@ -345,7 +345,8 @@ def with_linear_context(model, *, input_ids=None, inputs_embeds=None, attention_
         use_cache = model.config.use_cache and not model.training and segments is None
     if use_cache and past_key_values is None:
         past_key_values = model.make_cache()
-    context = LinearContext(_padding(attention_mask, batch, length), segments)
+    static = getattr(past_key_values, "static_shapes", False)  # one token a row, and the mask is for softmax layers
+    context = LinearContext(None if static else _padding(attention_mask, batch, length), segments)
     return {"past_key_values": past_key_values, "use_cache": use_cache, "linear_context": context}
 
 

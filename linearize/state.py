@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from linearize_kernels.state import State as LayerState
 
@@ -107,7 +107,7 @@ class State:
         except (OSError, SafetensorError) as error:
             raise StateError(f"{path} is not a saved state: {error}") from error
         _check(path, metadata, model, tokenizer)
-        cache = model.make_cache()
+        cache = make_cache(model)
         for index, (layer, seen) in enumerate(zip(cache.layers, json.loads(metadata["seen"]), strict=True)):
             start = f"layers.{index}."
             mine = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
@@ -132,7 +132,7 @@ def read(model, input_ids, attention_mask=None, *, state: State | None = None, c
         state = state.select([0] * len(input_ids))
     chunk = max(1, min(chunk, input_ids.shape[1]))
     rows, parts = max(1, TOKENS_AT_ONCE // chunk), []
-    if not all(isinstance(layer, LinearizedCacheLayer) for layer in model.make_cache().layers):
+    if not all(isinstance(layer, LinearizedCacheLayer) for layer in make_cache(model).layers):
         rows = len(input_ids)  # not every other kind of cache can be joined again
     for start in range(0, len(input_ids), rows):
         some = range(start, min(start + rows, len(input_ids)))
@@ -142,7 +142,7 @@ def read(model, input_ids, attention_mask=None, *, state: State | None = None, c
 
 
 def _read_rows(model, input_ids, mask, before, chunk) -> State:
-    cache = model.make_cache() if before is None else before.cache  # select() made it ours
+    cache = make_cache(model) if before is None else before.cache  # select() made it ours
     old = mask[:, :0] if before is None else (before.tokens >= 0).to(mask.dtype)
     mask, num_old = torch.cat([old, mask], 1), old.shape[1]
     position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -157,6 +157,11 @@ def _read_rows(model, input_ids, mask, before, chunk) -> State:
     if before is not None:
         tokens = torch.cat([before.tokens, tokens], 1)
     return State(cache, out.logits[:, -1].clone(), tokens)
+
+
+def make_cache(model) -> Cache:
+    """An empty cache of the model's own kind, converted or not."""
+    return model.make_cache() if hasattr(model, "make_cache") else DynamicCache(config=model.config)
 
 
 def fingerprint(model) -> str:

@@ -1,4 +1,5 @@
-"""The cache of a decode step of static shape: each converted layer's `DecodeState`, moved on in place.
+"""The cache of a decode step of static shape, moved on in place: a `DecodeState` a converted layer, keys and
+values of a fixed number of slots a softmax layer.
 
 Nothing here depends on the data, so a step can be captured in a CUDA graph (see decoding.py).
 
@@ -8,7 +9,7 @@ B batch, H query heads, G kv heads, D head dim, d map dim
 from dataclasses import fields
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from .errors import LinearizeError
 from .linearized_cache import LinearizedCacheLayer
@@ -69,39 +70,111 @@ class StaticLinearLayer(LinearizedCacheLayer):
         return self.decode_state.num_bytes()
 
 
-def why_not_static(model) -> str:
+class StaticSoftmaxLayer(DynamicLayer):
+    """Keys and values of L slots of a softmax layer; which slot is next stands on the device."""
+
+    def __init__(self, module, *, batch: int, slots: int, next_slot, dtype: torch.dtype, device):
+        super().__init__()
+        config = module.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        shape = (batch, heads, slots, module.head_dim)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.next_slot, self.is_initialized = next_slot, True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys.index_copy_(2, self.next_slot, key_states)
+        self.values.index_copy_(2, self.next_slot, value_states)
+        return self.keys, self.values
+
+    def load(self, layer, rows: slice) -> None:
+        """Copies keys and values of a growing layer."""
+        self.keys[rows, :, : layer.keys.shape[2]].copy_(layer.keys)
+        self.values[rows, :, : layer.keys.shape[2]].copy_(layer.values)
+
+    def num_bytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+
+class StaticCache(Cache):
+    """All layers' memory of B rows. slots: how many tokens, padding included, softmax layers can hold.
+
+    Raises StaticError where the model cannot have one.
+    """
+
+    static_shapes = True  # the model's forward then takes the mask as it is
+
+    def __init__(self, model, *, batch: int, slots: int | None):
+        modules, linear = attention_modules(model), linear_attentions(model)
+        reason = why_not_static(model, modules, linear, slots)
+        if reason:
+            raise StaticError(reason)
+        options = dict(batch=batch, dtype=model.dtype, device=model.device)
+        self.slot, self.mask, self.free = torch.zeros(1, dtype=torch.long, device=model.device), None, None
+        if set(linear) != set(modules):
+            self.mask = torch.zeros(batch, 1, 1, slots, dtype=torch.bool, device=model.device)
+        super().__init__(
+            layers=[
+                StaticLinearLayer(linear[i], **options)
+                if i in linear
+                else StaticSoftmaxLayer(modules[i], slots=slots, next_slot=self.slot, **options)
+                for i in sorted(modules)
+            ]
+        )
+
+    def load(self, state, rows: slice = slice(None)) -> None:
+        """Copies a `linearize.State` into these rows. Softmax layers: into all rows."""
+        for mine, layer in zip(self.layers, state.cache.layers, strict=True):
+            mine.load(layer.state if isinstance(mine, StaticLinearLayer) else layer, rows)
+        seen = state.tokens.shape[1]
+        self.slot.fill_(seen)
+        if self.mask is not None:
+            if seen >= self.mask.shape[3]:
+                raise StaticError(f"{seen} tokens read, and the decoder's softmax layers hold {self.mask.shape[3]}")
+            self.free = self.mask.shape[3] - seen
+            self.mask.zero_()
+            self.mask[:, 0, 0, :seen] = state.tokens >= 0
+
+    def take_slot(self) -> None:
+        """The host's count of the slots left, before a step. Raises StaticError where none is."""
+        if self.free is not None:
+            if self.free == 0:
+                raise StaticError(f"the decoder's softmax layers hold {self.mask.shape[3]} tokens, and are full")
+            self.free -= 1
+
+    def open_slot(self):
+        """The mask [B, 1, 1, L] of the next token, which sees itself; None where no layer needs one."""
+        return None if self.mask is None else self.mask.index_fill_(3, self.slot, True)
+
+    def close_slot(self) -> None:
+        self.slot += 1
+
+    def num_bytes(self) -> int:
+        """Bytes of all layers, the whole batch."""
+        return sum(layer.num_bytes() for layer in self.layers)
+
+
+def why_not_static(model, modules, linear, slots) -> str:
     """Why this model cannot decode in static shapes, as far as its parts tell; empty where it can."""
-    layers = linear_attentions(model)
-    kept = sorted(set(attention_modules(model)) - set(layers))
-    first = next(iter(layers.values()))
-    size = first.num_heads // first.num_kv_heads
+    config = model.config.get_text_config()
+    kept = sorted(set(modules) - set(linear))
+    implementation = getattr(config, "_softmax_implementation", config._attn_implementation)
+    sliding = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     checks = {
-        f"layers {kept} keep softmax attention, whose cache grows": not kept,
-        "it has layers that are no attention": len(layers) == model.config.get_text_config().num_hidden_layers,
-        f"the {first.feature_map} map: taylor only": first.feature_map == "taylor",
-        "a map per query head": first.k_map.shape[0] == first.num_kv_heads,
-        f"window {first.window}: 2 or more": first.window >= 2,
-        f"map dim {first.q_map.shape[-1]}: up to 32": first.q_map.shape[-1] <= 32,
-        f"head dim {first.head_dim}: up to 256": all(x.head_dim <= 256 for x in layers.values()),
-        f"{size} query heads a kv head: up to 16": all(x.num_heads <= 16 * x.num_kv_heads for x in layers.values()),
+        "it has layers that are no attention": len(modules) == config.num_hidden_layers,
+        f"its layers {kept} keep softmax attention, and no max_length is given": not kept or slots is not None,
+        f"softmax layers in {implementation}: sdpa only": not kept or implementation == "sdpa",
+        f"softmax layers of type {sorted(sliding)}": not kept or not (sliding or getattr(config, "sliding_window", 0)),
         f"dtype {model.dtype}: float32 or bfloat16": model.dtype in (torch.float32, torch.bfloat16),
     }
+    for x in linear.values():
+        checks |= {
+            f"the {x.feature_map} map: taylor only": x.feature_map == "taylor",
+            "a map per query head": x.k_map.shape[0] == x.num_kv_heads,
+            f"window {x.window}: 2 or more": x.window >= 2,
+            f"map dim {x.q_map.shape[-1]}: up to 32": x.q_map.shape[-1] <= 32,
+            f"head dim {x.head_dim}: up to 256": x.head_dim <= 256,
+            f"{x.num_heads} query heads, {x.num_kv_heads} kv heads: up to 16 a group": (
+                x.num_heads <= 16 * x.num_kv_heads
+            ),
+        }
     return next((reason for reason, fine in checks.items() if not fine), "")
-
-
-def make_static_cache(model, *, batch: int) -> Cache:
-    """An empty static cache of B rows. Raises StaticError where the model cannot have one."""
-    reason = why_not_static(model)
-    if reason:
-        raise StaticError(reason)
-    layers = [
-        StaticLinearLayer(linear_attn, batch=batch, dtype=model.dtype, device=linear_attn.q_map.device)
-        for linear_attn in linear_attentions(model).values()
-    ]
-    return Cache(layers=layers)
-
-
-def load_static(cache: Cache, source: Cache, rows: slice) -> None:
-    """Copies the states of another cache into these rows."""
-    for static, layer in zip(cache.layers, source.layers, strict=True):
-        static.load(layer.state, rows)

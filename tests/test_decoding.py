@@ -60,6 +60,22 @@ def test_what_cannot_be_static_decodes_through_its_own_cache(settings):
         Decoder(model, batch=3, mode="static")
 
 
+@pytest.mark.parametrize("kept", [[0], [0, 1]])
+def test_kept_softmax_layers_decode_in_a_fixed_number_of_slots(kept):
+    model = make(keep_softmax=kept[:1]) if len(kept) == 1 else make_model().to(DEVICE)
+    ids, mask = (x[:2] for x in batch())
+    reference = expected(model, ids, mask)
+    assert torch.equal(generate(model, ids, mask, max_new_tokens=NEW, mode="static"), reference)
+    decoder = Decoder(model, batch=2, mode="static", max_length=ids.shape[1])
+    with pytest.raises(StaticError, match="21 tokens read, and the decoder's softmax layers hold 21"):
+        decoder.prefill(ids, mask)
+    decoder = Decoder(model, batch=2, mode="static", max_length=ids.shape[1] + 1)
+    decoder.prefill(ids, mask)
+    decoder.decode_one()
+    with pytest.raises(StaticError, match="are full"):
+        decoder.decode_one()
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen3_next", "gpt_oss"])
 def test_models_with_other_layers(name):
     model, ids = make(name), make_tokens(2, 15).to(DEVICE)
