@@ -1,4 +1,4 @@
-"""The command line: `linearize convert | generate | eval | bench | report | doctor | recipes`.
+"""The command line: `linearize convert | generate | eval | process | bench | report | doctor | recipes`.
 
 Only parses and prints; each verb imports what it needs when it runs, so `--help` answers at once. A setting
 of the recipe never becomes an option here: `--set` reaches all of them.
@@ -51,6 +51,12 @@ examples:
   linearize bench generation --shape llama-3.1-8b --prompts 8k --batches max --new 256
   linearize bench kernels --only decode
 """
+_PROCESS_EPILOG = """\
+examples:
+  linearize process runs/my reviews.jsonl out.jsonl --template "Review: {text}\\nThe sentiment is"
+  linearize process runs/my rows.parquet out.jsonl --chat --template "Name the towns in: {text}" --batch 256
+out.jsonl.errors.jsonl holds the rows that could not be answered; the same command again goes on where it stopped
+"""
 _RECIPES_EPILOG = """\
 examples:
   linearize recipes ls
@@ -91,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(verbs)
     _add_generate(verbs)
     _add_eval(verbs)
+    _add_process(verbs)
     _add_bench(verbs)
     report = _verb(verbs, "report", _report, "show the report card of a converted model")
     report.add_argument("folder", metavar="DIR", help="a converted model")
@@ -173,6 +180,22 @@ def _add_eval(verbs) -> None:
     how.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default auto"
     )
+
+
+def _add_process(verbs) -> None:
+    parser = _verb(verbs, "process", _process, "answer every row of a file", _PROCESS_EPILOG)
+    parser.add_argument("folder", metavar="DIR", help="a converted model, all layers linear")
+    parser.add_argument("source", metavar="IN", help=".jsonl, .parquet, or a folder of Dataset.save_to_disk")
+    parser.add_argument("target", metavar="OUT.jsonl", help="one line a row, in order")
+    parser.add_argument("--template", default="{text}", metavar="TEXT", help="the prompt; columns in braces")
+    parser.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
+    parser.add_argument("--prefix", default="", metavar="TEXT", help="text before every prompt, read once")
+    parser.add_argument("--batch", type=_positive, default=32, metavar="N", help="rows at once (default 32)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
+    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    parser.add_argument("--seed", type=int, default=None, metavar="N", help="row n draws by N + n")
+    parser.set_defaults(if_interrupted="; give the same command again to resume")
 
 
 def _add_bench(verbs) -> None:
@@ -264,6 +287,15 @@ def _eval(args: argparse.Namespace) -> None:
     if args.output:
         args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(format_results(results))
+
+
+def _process(args: argparse.Namespace) -> None:
+    from linearize.process import process
+    from linearize.sampling import Sampling
+
+    names = ("folder", "source", "target", "template", "chat", "prefix", "batch", "max_new_tokens", "device")
+    sampling = Sampling(temperature=args.temperature, seed=args.seed)
+    process(**{name: getattr(args, name) for name in names}, sampling=sampling)
 
 
 def _bench_kernels(args: argparse.Namespace) -> None:

@@ -67,6 +67,27 @@ class Decoder:
         self._choose(state.logits)
         return self.token.clone()
 
+    @torch.no_grad()
+    def replace(self, slot: int, state: State, *, seed: int = 0) -> int:
+        """Puts another text, a state of one row, into a slot, whatever was there; returns its first new token.
+
+        seed: added to the sampling's. Raises StaticError where layers have kept softmax.
+        """
+        if not state.is_constant or len(state) != 1:
+            raise StaticError("a slot takes a state of one row, and of a model without softmax layers")
+        rows = slice(slot, slot + 1)
+        if self.is_static:
+            self.cache.load(state, rows)
+        elif self.cache is None:
+            self.cache, self.mask = state.select([0] * len(self.token)).cache, torch.ones_like(self.finished)[:, None]
+        else:
+            self.cache = state.put_into(self.cache, slot)
+        self.position[rows] = state.lengths - 1
+        self.finished[rows] = False
+        self.sampler.start(state.tokens, rows, first=seed)
+        self._choose(state.logits, rows)
+        return self.token[slot].item()
+
     def decode_one(self):
         """The next token of each row, [B]; pad after a row's end. Does not wait for the device."""
         self._advance()
@@ -100,11 +121,12 @@ class Decoder:
             self.cache.close_slot()
         self._choose(out.logits[:, -1])
 
-    def _choose(self, logits) -> None:
-        token = torch.where(self.finished, self.pad, self.sampler.pick(logits))
-        self.finished |= (token[:, None] == self.ends).any(-1)
-        self.token.copy_(token)
-        self.position += 1
+    def _choose(self, logits, rows: slice = slice(None)) -> None:
+        """Takes the next token of these rows from logits [rows, V], in place."""
+        token = torch.where(self.finished[rows], self.pad, self.sampler.pick(logits, rows))
+        self.finished[rows].logical_or_((token[:, None] == self.ends).any(-1))
+        self.token[rows].copy_(token)
+        self.position[rows].add_(1)
 
     @property
     def is_static(self) -> bool:

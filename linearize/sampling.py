@@ -54,12 +54,12 @@ class Sampling:
             if value != off
         ]
 
-    def row_seeds(self, batch: int) -> torch.Tensor:
-        """[B] int64 on the CPU."""
+    def row_seeds(self, batch: int, first: int = 0) -> torch.Tensor:
+        """[B] int64 on the CPU; first: the number of the first row, where one seed is for all."""
         if self.seed is None:
             return torch.randint(2**62, (batch,))
         if isinstance(self.seed, int):
-            return self.seed + torch.arange(batch)
+            return self.seed + first + torch.arange(batch)
         if len(self.seed) != batch:
             raise LinearizeError(f"{len(self.seed)} seeds for {batch} rows: give one, or one a row")
         return torch.tensor(list(self.seed))
@@ -75,32 +75,32 @@ class Sampler:
         penalised = sampling.repetition_penalty != 1
         self.seen = torch.zeros(batch, vocabulary, dtype=torch.bool, device=device) if penalised else None
 
-    def start(self, tokens) -> None:
-        """Begins again after these prompts. tokens [B, T], -1 where there is none."""
-        self.seeds.copy_(self.sampling.row_seeds(len(self.seeds)))
-        self.counts.zero_()
+    def start(self, tokens, rows: slice = slice(None), *, first: int = 0) -> None:
+        """Begins these rows again after prompts [rows, T], -1 where there is no token. first: see row_seeds."""
+        self.seeds[rows].copy_(self.sampling.row_seeds(len(tokens), first))
+        self.counts[rows].zero_()
         if self.seen is not None:
-            marks = torch.zeros(self.seen.shape[0], self.seen.shape[1] + 1, dtype=torch.bool, device=tokens.device)
-            self.seen.copy_(marks.scatter_(1, tokens + 1, True)[:, 1:])
+            marks = torch.zeros(len(tokens), self.seen.shape[1] + 1, dtype=torch.bool, device=tokens.device)
+            self.seen[rows].copy_(marks.scatter_(1, tokens + 1, True)[:, 1:])
 
-    def pick(self, logits):
-        """logits [B, V] -> tokens [B]."""
+    def pick(self, logits, rows: slice = slice(None)):
+        """logits [rows, V] -> tokens [rows]."""
         scores = logits.float()
         if self.seen is not None:
             penalty = self.sampling.repetition_penalty
-            scores = torch.where(self.seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+            scores = torch.where(self.seen[rows], torch.where(scores < 0, scores * penalty, scores / penalty), scores)
         for filter_scores in self.filters:
             scores = filter_scores(None, scores)
-        tokens = scores.argmax(-1) if self.sampling.temperature == 0 else self._draw(scores.softmax(-1))
-        self.counts += 1
+        tokens = scores.argmax(-1) if self.sampling.temperature == 0 else self._draw(scores.softmax(-1), rows)
+        self.counts[rows].add_(1)
         if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
+            self.seen[rows].scatter_(1, tokens[:, None], True)
         return tokens
 
-    def _draw(self, probabilities):
+    def _draw(self, probabilities, rows):
         """The first token whose running sum passes the row's number."""
         sums = probabilities.cumsum(-1)
-        passed = (sums > uniform(self.seeds, self.counts)[:, None] * sums[:, -1:]) & (probabilities > 0)
+        passed = (sums > uniform(self.seeds[rows], self.counts[rows])[:, None] * sums[:, -1:]) & (probabilities > 0)
         return passed.int().argmax(-1)
 
 

@@ -69,6 +69,17 @@ class State:
 
         return State(_copy_cache(self.cache, pick), pick(self.logits), pick(self.tokens))
 
+    def put_into(self, cache: Cache, slot: int) -> Cache:
+        """Another cache of the same model, with this state's one row in the place of its row `slot`."""
+        new = copy.copy(cache)
+        new.layers = []
+        for theirs, mine in zip(cache.layers, self.cache.layers, strict=True):
+            tensors = {name: x.clone() for name, x in _tensors(theirs).items()}
+            for name, x in _tensors(mine).items():
+                tensors[name][slot : slot + 1] = x
+            new.layers.append(_with_tensors(theirs, tensors))
+        return new
+
     @staticmethod
     def join(states: Sequence["State"]) -> "State":
         """The rows of several states in one. Softmax layers ask that all have read equally many slots."""

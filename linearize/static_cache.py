@@ -55,6 +55,7 @@ class StaticLinearLayer(LinearizedCacheLayer):
         for name in (f.name for f in fields(new) if f.name not in ("pairs", "window")):
             getattr(self.decode_state, name)[rows].copy_(getattr(new, name))
 
+    @torch.compiler.disable
     def attend(self, linear_attn, q, k, v, *, scaling, softcap=None, sink_logits=None, **_):
         """Output [B, H, 1, D] for one new token a row, none of them padding."""
         from linearize_kernels.decode import decode
@@ -77,7 +78,8 @@ class StaticSoftmaxLayer(DynamicLayer):
         super().__init__()
         config = module.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        shape = (batch, heads, slots, module.head_dim)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (batch, heads, slots, head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.next_slot, self.is_initialized = next_slot, True
 

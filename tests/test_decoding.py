@@ -84,8 +84,9 @@ def test_models_with_other_layers(name):
 
 
 def test_softcap_is_refused_where_it_is_met():
-    model, ids = make("gemma2", keep_softmax=[]), make_tokens(1, 8).to(DEVICE)
-    with pytest.raises(StaticError):
+    model = convert(make_model("gemma2", layer_types=["full_attention"] * 4)).to(DEVICE)
+    ids = make_tokens(1, 8).to(DEVICE)
+    with pytest.raises(StaticError, match="softcap"):
         generate(model, ids, max_new_tokens=2, mode="static")
 
 
@@ -108,7 +109,7 @@ def test_far_tokens_matter_in_static_decoding():
     for decoder, prompt in zip(got, (ids, other), strict=True):
         decoder.prefill(prompt)
         decoder.token.fill_(5)
-        decoder.sampler.pick = lambda x: logits.append(x) or x.argmax(-1)
+        decoder.sampler.pick = lambda x, _: logits.append(x) or x.argmax(-1)
         decoder.decode_one()
     assert not torch.allclose(logits[0], logits[1], atol=1e-3)
 
@@ -121,6 +122,26 @@ def test_rows_end_at_eos_each_for_itself():
     assert torch.equal(generate(model, ids, mask, max_new_tokens=NEW, eos=eos, pad=0), reference)
     rows = [row.tolist() for row in reference]
     assert any(row[-1] == 0 for row in rows), "a row ended early"
+    decoder = Decoder(model, batch=3, eos=eos, pad=0)
+    tokens = torch.cat([decoder.prefill(ids, mask)[:, None], decoder.decode_n(NEW - 1)], 1)
+    assert torch.equal(tokens[:, : reference.shape[1]], reference), "on the device too"
+
+
+def test_a_slot_is_filled_again_while_the_others_go_on():
+    model, modes = make(), ("eager", "static")
+    texts = [make_tokens(1, n, seed=n).to(DEVICE) for n in (10, 14, 12)]
+    alone = [expected(model, x, torch.ones_like(x), new=7)[0].tolist() for x in texts]
+    for mode in modes:
+        decoder = Decoder(model, batch=2, mode=mode)
+        answers = [[decoder.replace(i, read(model, texts[i]))] for i in range(2)]
+        for row, new in zip(answers, decoder.decode_n(3).tolist(), strict=True):
+            row += new
+        third = [decoder.replace(0, read(model, texts[2]))]
+        more = decoder.decode_n(3).tolist()
+        assert answers[0] == alone[0][:4] and answers[1] + more[1] == alone[1] and third + more[0] == alone[2][:4]
+    kept = make(keep_softmax=[0])
+    with pytest.raises(StaticError, match="softmax"):
+        Decoder(kept, batch=2).replace(0, read(kept, texts[0]))
 
 
 def test_pieces_join_to_the_whole_and_stop_strings_end_rows():
@@ -156,8 +177,10 @@ def test_draws_follow_the_distribution():
     sampler = Sampler(Sampling(temperature=1.0, seed=3), batch=rows, vocabulary=vocabulary, device=DEVICE)
     logits = torch.tensor([0.0, 1.0, -1.0, -torch.inf, 2.0, 0.5], device=DEVICE)
     sampler.start(torch.zeros(rows, 1, dtype=torch.long, device=DEVICE))
-    for _ in range(2):  # another number each time
-        counts = sampler.pick(logits.expand(rows, -1)).bincount(minlength=vocabulary) / rows
+    draws = [sampler.pick(logits.expand(rows, -1)) for _ in range(2)]
+    assert (draws[0] == draws[1]).float().mean() < 0.6, "another number each time"
+    for tokens in draws:
+        counts = tokens.bincount(minlength=vocabulary) / rows
         assert torch.allclose(counts, logits.softmax(-1), atol=0.015) and counts[3] == 0
     u = uniform(torch.arange(100000), torch.zeros(100000, dtype=torch.long))
     assert u.min() >= 0 and u.max() < 1 and abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.001
@@ -167,6 +190,10 @@ def test_repetition_penalty_is_transformers_own():
     model, (ids, mask) = make(), batch()
     reference = expected(model, ids, mask, repetition_penalty=1.7)
     got = generate(model, ids, mask, max_new_tokens=NEW, sampling=Sampling(repetition_penalty=1.7))
+    sampler = Sampler(Sampling(repetition_penalty=1.3), batch=1, vocabulary=4, device=DEVICE)
+    sampler.start(torch.tensor([[0, 1]], device=DEVICE))
+    for logits, token in (([5.0, 0, 4.0, 0], 2), ([-1.0, -1.1, -9, -1.2], 3), ([5.0, 0, 4.5, 3.6], 0)):
+        assert sampler.pick(torch.tensor([logits], device=DEVICE)).item() == token, "and the picked ones count"
     # transformers counts the padding token as seen; the rows without padding agree to the token
     assert torch.equal(got[0], reference[0]) and not torch.equal(reference, expected(model, ids, mask))
 

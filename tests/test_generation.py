@@ -7,14 +7,14 @@ import pytest
 import torch
 from pico import randomise
 from test_export import CHAT, make_tokenizer, save_model
-from tokenizers import normalizers
+from tokenizers import normalizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize import cli
 from linearize.architecture import linearize_
 from linearize.errors import LinearizeError, ModelError
 from linearize.export import export
-from linearize.generation import generate_text
+from linearize.generation import _encode, generate_text
 from linearize.loading import load
 from linearize.recipe import AttentionSettings, FeatureMapSettings
 
@@ -105,6 +105,15 @@ def test_a_text_is_read_once_and_questioned_often(folder, tmp_path, capsys):
     assert "more.state: 69 tokens" in capsys.readouterr().out
     assert "the state of one text" in refused(capsys, "generate", folder, "-p", "a", "-p", "b", "--save-state", "x")
     assert "is not a saved state" in refused(capsys, "generate", folder, "-p", "a", "--state", tmp_path / "none")
+
+
+def test_a_text_that_follows_another_begins_without_a_special_token():
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    alone, after = (_encode(tokenizer, ["so"], False, follows=follows)["input_ids"][0].tolist() for follows in (0, 1))
+    assert alone == [0, *after] and len(after) == 2
 
 
 def test_stop_texts_end_an_answer(folder, capsys):

@@ -27,6 +27,7 @@ def test_a_saved_text_is_continued_as_if_just_read(tmp_path, name, settings):
     model = make(name, **settings)
     read(model, BOOK).save(tmp_path / "book", model)
     state = State.load(tmp_path / "book", make(name, **settings))
+    assert [layer.get_seq_length() for layer in state.cache.layers] == [40] * len(state.cache.layers)
     assert state.lengths.tolist() == [40] and torch.equal(state.tokens, BOOK)
     expected = answer(model, BOOK, QUESTION)
     for _ in range(2):  # the state is a value: the first question leaves no trace
