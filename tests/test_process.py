@@ -53,6 +53,7 @@ def test_every_row_is_answered_once_in_order_as_alone(folder, tmp_path, capsys):
     for row in rows:
         (alone,) = generate_text(folder, prompts=[f"{row['text']} is"], max_new_tokens=20, device="cpu")
         assert row["output"] == alone
+    assert counts["tokens"] < 6 * 20, "padding is no answer"
     assert len({len(r["output"]) for r in rows}) > 1, "rows of several lengths, so that slots were filled again"
     assert not (tmp_path / "out.jsonl.errors.jsonl").exists()
     run(folder, source, tmp_path / "again.jsonl", batch=5)
@@ -106,6 +107,10 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(folder, tmp_path
         assert run(folder, source, target, **options)["resumed_at"] == stop
         for suffix in ("", ".errors.jsonl"):
             assert lines(tmp_path / f"{stop}.jsonl{suffix}") == lines(tmp_path / f"whole.jsonl{suffix}")
+    twice = write(tmp_path / "twice.jsonl", [{"text": "so"}] * 2)
+    run(folder, twice, tmp_path / "samples", **options)
+    first, second = lines(tmp_path / "samples")
+    assert first["output"] != second["output"], "a row draws for itself"
     before = (tmp_path / "whole.jsonl").read_bytes()
     assert run(folder, source, tmp_path / "whole.jsonl", **options)["rows"] == 0
     assert (tmp_path / "whole.jsonl").read_bytes() == before, "nothing left to do"
