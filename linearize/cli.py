@@ -55,7 +55,7 @@ _PROCESS_EPILOG = """\
 examples:
   linearize process runs/my reviews.jsonl out.jsonl --template "Review: {text}\\nThe sentiment is"
   linearize process runs/my rows.parquet out.jsonl --chat --template "Name the towns in: {text}" --batch 256
-out.jsonl.errors.jsonl holds the rows that could not be answered; the same command again goes on where it stopped
+OUT.errors.jsonl holds the rows that could not be answered; the same command again goes on where it stopped
 """
 _RECIPES_EPILOG = """\
 examples:
