@@ -11,11 +11,16 @@ from linearize import registration
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Decoder": "linearize.decoding",
     "LinearizeError": "linearize.errors",
     "Recipe": "linearize.recipe",
+    "Sampling": "linearize.sampling",
+    "State": "linearize.state",
+    "generate": "linearize.decoding",
     "linearize_": "linearize.architecture",
     "load": "linearize.loading",
     "load_recipe": "linearize.recipe",
+    "read": "linearize.state",
     "to_yaml": "linearize.recipe",
 }
 __all__ = ["__version__", *_PUBLIC]

@@ -1,4 +1,4 @@
-"""The command line: `linearize convert | rank-layers | generate | eval | report | doctor | recipes`.
+"""The command line: `linearize convert | rank-layers | generate | eval | process | bench | report | doctor | recipes`.
 
 Only parses and prints; each verb imports what it needs when it runs, so `--help` answers at once. A setting
 of the recipe never becomes an option here: `--set` reaches all of them.
@@ -43,13 +43,26 @@ _GENERATE_EPILOG = """\
 examples:
   linearize generate runs/my -p "My fellow citizens" --max-new-tokens 100
   linearize generate runs/my -p "What is a tax?" --chat --temperature 0.7 --top-p 0.9 --seed 1
-  cat book.txt | linearize generate runs/my -p -
+  cat book.txt | linearize generate runs/my -p - --save-state book.state     read once, answer nothing yet
+  linearize generate runs/my --state book.state -p "Who is the hero? Answer:"   ask as often as you like
 """
 _EVAL_EPILOG = """\
 examples:
   linearize eval runs/my --tasks hellaswag,piqa --limit 200
   linearize eval runs/my --tasks my_task --include-path my_tasks/ --output results.json
 needs the extra: pip install "linearize[eval]"
+"""
+_BENCH_EPILOG = """\
+examples:
+  linearize bench generation runs/my --against HuggingFaceTB/SmolLM2-135M --output bench
+  linearize bench generation --shape llama-3.1-8b --prompts 8k --batches max --new 256
+  linearize bench kernels --only decode
+"""
+_PROCESS_EPILOG = """\
+examples:
+  linearize process runs/my reviews.jsonl out.jsonl --template "Review: {text}\\nThe sentiment is"
+  linearize process runs/my rows.parquet out.jsonl --chat --template "Name the towns in: {text}" --batch 256
+OUT.errors.jsonl holds the rows that could not be answered; the same command again goes on where it stopped
 """
 _RECIPES_EPILOG = """\
 examples:
@@ -92,6 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_rank_layers(verbs)
     _add_generate(verbs)
     _add_eval(verbs)
+    _add_process(verbs)
+    _add_bench(verbs)
     report = _verb(verbs, "report", _report, "show the report card of a converted model")
     report.add_argument("folder", metavar="DIR", help="a converted model")
     doctor = _verb(verbs, "doctor", _doctor, "say what this machine has and which kernels it runs")
@@ -158,6 +173,13 @@ def _add_generate(verbs) -> None:
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus; 1 (default) is off")
     sampling.add_argument("--seed", type=int, default=None, metavar="N", help="makes samples repeat")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="the K likeliest; 0 (default) is off")
+    sampling.add_argument("--min-p", type=float, default=0.0, metavar="P", help="share of the likeliest's; 0 is off")
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 (default) is off")
+    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end after this text; repeatable")
+    memory = parser.add_argument_group("what the model remembers")
+    memory.add_argument("--save-state", metavar="FILE", help="write what it remembers of the prompt, and end")
+    memory.add_argument("--state", metavar="FILE", help="the prompts follow a text that was saved so")
 
 
 def _add_eval(verbs) -> None:
@@ -177,6 +199,46 @@ def _add_eval(verbs) -> None:
     how.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default auto"
     )
+
+
+def _add_process(verbs) -> None:
+    parser = _verb(verbs, "process", _process, "answer every row of a file", _PROCESS_EPILOG)
+    parser.add_argument("folder", metavar="DIR", help="a converted model, all layers linear")
+    parser.add_argument("source", metavar="IN", help=".jsonl, .parquet, or a folder of Dataset.save_to_disk")
+    parser.add_argument("target", metavar="OUT.jsonl", help="one line a row, in order")
+    parser.add_argument("--template", default="{text}", metavar="TEXT", help="the prompt; columns in braces")
+    parser.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
+    parser.add_argument("--prefix", default="", metavar="TEXT", help="text before every prompt, read once")
+    parser.add_argument("--batch", type=_positive, default=32, metavar="N", help="rows at once (default 32)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
+    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    parser.add_argument("--seed", type=int, default=None, metavar="N", help="row n draws by N + n")
+    parser.set_defaults(if_interrupted="; give the same command again to resume")
+
+
+def _add_bench(verbs) -> None:
+    parser = _verb(verbs, "bench", None, "measure speed and memory on this machine", _BENCH_EPILOG)
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    about = "the attention kernels beside their peers; all options go to python -m linearize_kernels.bench"
+    # no option is ours, so none is taken for one here
+    kernels = actions.add_parser("kernels", help=about, prefix_chars="\0", add_help=False)
+    kernels.add_argument("rest", nargs="*")
+    kernels.set_defaults(run=_bench_kernels, if_interrupted="")
+    parser = _verb(actions, "generation", _bench_generation, "generation beside a teacher", _BENCH_EPILOG)
+    what = parser.add_argument_group("what to measure")
+    what.add_argument("folder", nargs="?", metavar="DIR", help="a converted model")
+    what.add_argument("--against", metavar="MODEL", help="its teacher: a folder, hub id or GGUF file")
+    what.add_argument("--shape", metavar="NAME", help="random weights: llama-3.1-8b, based-1.3b or smollm2-135m")
+    what.add_argument("--window", type=_positive, metavar="N", help="with --shape: the window (default 64)")
+    what.add_argument("--prompts", type=_counts, default=[128, 1024, 8192, 32768], metavar="N,N", help="128,1k,8k,32k")
+    what.add_argument("--new", type=_positive, default=1024, metavar="N", help="new tokens a row (default 1024)")
+    what.add_argument("--batches", type=_counts, default=[1, "max"], metavar="N,N", help="default 1,max: what fits")
+    what.add_argument("--sides", type=_names, metavar="A,B", help="converted, teacher-static, teacher-dynamic (all)")
+    parser.add_argument("--compile-layers", action="store_true", help="torch.compile each layer, on both sides")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="default bfloat16")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
+    parser.add_argument("--output", metavar="PATH", help="also write PATH.csv and PATH.png")
 
 
 def _add_recipes(verbs) -> None:
@@ -221,10 +283,16 @@ def _generate(args: argparse.Namespace) -> None:
         prompts=prompts,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
+        top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        stop=args.stop,
         chat=args.chat,
         seed=args.seed,
         device=args.device,
+        state=args.state,
+        save_state=args.save_state,
     )
 
 
@@ -247,6 +315,28 @@ def _eval(args: argparse.Namespace) -> None:
     if args.output:
         args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(format_results(results))
+
+
+def _process(args: argparse.Namespace) -> None:
+    from linearize.process import process
+    from linearize.sampling import Sampling
+
+    names = ("folder", "source", "target", "template", "chat", "prefix", "batch", "max_new_tokens", "device")
+    sampling = Sampling(temperature=args.temperature, seed=args.seed)
+    process(**{name: getattr(args, name) for name in names}, sampling=sampling)
+
+
+def _bench_kernels(args: argparse.Namespace) -> None:
+    from linearize_kernels import bench
+
+    bench.main(args.rest)
+
+
+def _bench_generation(args: argparse.Namespace) -> None:
+    from linearize_eval.generation_bench import bench_generation
+
+    names = ("folder", "against", "shape", "prompts", "new", "batches", "sides", "dtype", "device", "compile_layers")
+    bench_generation(**{name: getattr(args, name) for name in (*names, "output", "window")})
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -282,6 +372,15 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, is '{text}'")
     return int(text)
+
+
+def _counts(text: str) -> list[int | str]:
+    """'1,8k,max' -> [1, 8192, 'max']."""
+    counts = []
+    for word in text.split(","):
+        number = word.strip().removesuffix("k")
+        counts.append("max" if number == "max" else _positive(number) * (1024 if word.strip().endswith("k") else 1))
+    return counts
 
 
 def _names(text: str) -> list[str]:

@@ -1,45 +1,62 @@
-"""Text generation from an exported folder, as the command line does it; a plain use of model.generate."""
+"""Text generation from an exported folder, as the command line does it."""
 
 import sys
 
-import torch
-
+from .decoding import generate
 from .errors import LinearizeError, ModelError
 from .loading import load
+from .sampling import Sampling
+from .state import State, read
 
 
-def generate_text(folder, *, prompts: list[str], max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
-                  chat: bool = False, seed: int | None = None, device: str = "auto") -> list[str]:  # fmt: skip
+def generate_text(folder, *, prompts: list[str], max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
+                  top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, stop: list[str] = (),
+                  chat: bool = False, seed: int | None = None, device: str = "auto", state=None, save_state=None,
+                  mode: str = "auto") -> list[str]:  # fmt: skip
     """Continues each prompt and returns the new texts; a single one is streamed to stdout, several are printed.
 
     temperature 0 is greedy. chat puts each prompt through the tokenizer's chat template as a user's message.
+    state: file of a text read before, which each prompt follows. save_state: file to write instead of an
+    answer, what the model remembers of the one prompt (after `state`); then returns no texts. mode: of `Decoder`.
     """
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise LinearizeError(f"temperature must be at least 0 and top-p in (0, 1], not {temperature} and {top_p}")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if not prompts or any(not p for p in prompts):
         raise LinearizeError("a prompt is empty: give some text to continue")
+    if save_state and len(prompts) > 1:
+        raise LinearizeError(f"--save-state writes the state of one text, not of {len(prompts)}")
     model, tokenizer = load(folder, device=device)
-    inputs = {name: x.to(model.device) for name, x in _encode(tokenizer, prompts, chat).items()}
-    if seed is not None:
-        torch.manual_seed(seed)
-    options = {"do_sample": temperature > 0}
-    if temperature > 0:
-        options |= {"temperature": temperature, "top_p": top_p}
-    options |= {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+    before = State.load(state, model, tokenizer) if state else None
+    if before is not None:  # rows of other lengths after one past: each is read alone
+        encoded = [_encode(tokenizer, [prompt], chat, follows=True) for prompt in prompts]
+        after = State.join([read(model, **one, state=before) for one in encoded])
+    else:
+        after = read(model, **_encode(tokenizer, prompts, chat))
+    if save_state:
+        after.save(save_state, model, tokenizer)
+        print(f"{save_state}: {after.lengths[0].item():,} tokens, {after.num_bytes() / 2**20:,.1f} MiB")
+        return []
+    streamer = None
     if len(prompts) == 1:
         from transformers import TextStreamer
 
-        options["streamer"] = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
-    output = model.generate(**inputs, **options)
-    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    if len(prompts) > 1:
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        if not chat:
+            sys.stdout.write(prompts[0])
+    tokens = generate(
+        model, state=after, max_new_tokens=max_new_tokens, sampling=sampling, pad=tokenizer.pad_token_id,
+        stop_strings=stop, tokenizer=tokenizer, mode=mode, on_tokens=streamer and streamer.put,
+    )  # fmt: skip
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    if streamer:
+        streamer.end()
+    else:
         for prompt, text in zip(prompts, texts, strict=True):
             sys.stdout.write(f"{'' if chat else prompt}{text}\n\n")
     return texts
 
 
-def _encode(tokenizer, prompts, chat):
-    """Left-padded token ids and mask."""
+def _encode(tokenizer, prompts, chat, *, follows=False):
+    """Left-padded token ids and mask. follows: the texts go on after another, so they begin without a special token."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -51,7 +68,7 @@ def _encode(tokenizer, prompts, chat):
             messages, add_generation_prompt=True, return_tensors="pt", padding=len(prompts) > 1, return_dict=True
         )
     else:
-        encoded = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1)
+        encoded = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, add_special_tokens=not follows)
     if not encoded["attention_mask"].any(1).all():
         raise LinearizeError("a prompt is empty for this tokenizer: give some text to continue")
     # some tokenizers also give token types, which decoders do not take

@@ -329,7 +329,7 @@ def _padding(attention_mask, batch, length):
 
 def _packed_segments(position_ids, batch):
     """[B, T] number of the packed document: positions that do not go on by one start another. None: one."""
-    if position_ids is None:
+    if position_ids is None or position_ids.shape[-1] == 1:  # one token: nothing to read, no wait for the device
         return None
     segments = torch.nn.functional.pad(position_ids.diff(dim=-1) != 1, [1, 0]).long().cumsum(-1)
     return segments.expand(batch, -1) if segments[:, -1].any() else None
@@ -346,7 +346,8 @@ def with_linear_context(model, *, input_ids=None, inputs_embeds=None, attention_
         use_cache = model.config.use_cache and not model.training and segments is None
     if use_cache and past_key_values is None:
         past_key_values = model.make_cache()
-    context = LinearContext(_padding(attention_mask, batch, length), segments)
+    static = getattr(past_key_values, "static_shapes", False)  # one token a row, and the mask is for softmax layers
+    context = LinearContext(None if static else _padding(attention_mask, batch, length), segments)
     return {"past_key_values": past_key_values, "use_cache": use_cache, "linear_context": context}
 
 

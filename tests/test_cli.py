@@ -53,7 +53,7 @@ def test_help_is_fast_and_shows_every_verb(tmp_path):
         result = run("--help", cwd=tmp_path)
         seconds.append(time.perf_counter() - start)
     assert result.returncode == 0
-    for verb in ("convert", "generate", "eval", "report", "doctor", "recipes"):
+    for verb in ("convert", "generate", "eval", "process", "bench", "report", "doctor", "recipes"):
         assert f"\n    {verb} " in result.stdout
     assert "linearize convert my.yaml" in result.stdout
     assert min(seconds) < 1
@@ -110,6 +110,12 @@ def test_options_are_frozen():
             "--temperature",
             "--top-p",
             "--seed",
+            "--top-k",
+            "--min-p",
+            "--repetition-penalty",
+            "--stop",
+            "--save-state",
+            "--state",
         ],
         "eval": [
             "--tasks",
@@ -121,6 +127,12 @@ def test_options_are_frozen():
             "--device",
         ]
         + ["--dtype"],
+        "process": ["--template", "--chat", "--prefix", "--batch", "--device"]
+        + ["--max-new-tokens", "--temperature", "--seed"],
+        "bench": [],
+        "bench kernels": [],
+        "bench generation": ["--against", "--shape", "--window", "--prompts", "--new", "--batches", "--sides"]
+        + ["--compile-layers", "--dtype", "--device", "--output"],
         "report": [],
         "doctor": ["--device"],
         "recipes": [],
@@ -132,6 +144,7 @@ def test_options_are_frozen():
 
 def test_examples_in_the_help_parse():
     texts = (cli._EPILOG, cli._CONVERT_EPILOG, cli._GENERATE_EPILOG, cli._EVAL_EPILOG, cli._RECIPES_EPILOG)
+    texts += (cli._BENCH_EPILOG, cli._PROCESS_EPILOG)
     lines = [line for text in texts for line in text.splitlines() if line.startswith("  ")]
     assert len(lines) > 15
     for line in lines:
@@ -167,11 +180,17 @@ def test_generate_hands_on_its_options(fake_module, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("from stdin"))
     assert cli.main(["generate", "dir", "-p", "a", "--prompt", "-"]) == 0
     options = dict(max_new_tokens=64, temperature=0.0, top_p=1.0, chat=False, seed=None, device="auto")
+    off = dict(top_k=0, min_p=0.0, repetition_penalty=1.0, stop=[], state=None, save_state=None)
+    options |= off
     assert calls == [("dir", {"prompts": ["a", "from stdin"], **options})]
     line = "generate d -p x --max-new-tokens 3 --temperature 0.5 --top-p 0.9 --chat --seed 7 --device cpu"
     assert cli.main(line.split()) == 0
     options = dict(max_new_tokens=3, temperature=0.5, top_p=0.9, chat=True, seed=7, device="cpu")
-    assert calls[1] == ("d", {"prompts": ["x"], **options})
+    assert calls[1] == ("d", {"prompts": ["x"], **off, **options})
+    line = "generate d -p x --top-k 9 --min-p 0.1 --repetition-penalty 1.2 --stop a --stop b --state s --save-state t"
+    assert cli.main(line.split()) == 0
+    on = dict(top_k=9, min_p=0.1, repetition_penalty=1.2, stop=["a", "b"], state="s", save_state="t")
+    assert calls[2][1].items() >= on.items()
 
 
 def test_eval_hands_on_its_options_and_writes_json(fake_module, tmp_path, capsys):
@@ -225,7 +244,8 @@ def test_recipes(tmp_path, capsys):
         ("linearize.convert:plan", "recipe"),
         (
             "linearize.generation:generate_text",
-            "folder *prompts *max_new_tokens *temperature *top_p *chat *seed *device",
+            "folder *prompts *max_new_tokens *temperature *top_k *top_p *min_p *repetition_penalty *stop *chat *seed "
+            "*device *state *save_state",
         ),
         (
             "linearize_eval.harness:evaluate_folder",

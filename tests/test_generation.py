@@ -7,14 +7,14 @@ import pytest
 import torch
 from pico import randomise
 from test_export import CHAT, make_tokenizer, save_model
-from tokenizers import normalizers
+from tokenizers import normalizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize import cli
 from linearize.architecture import linearize_
 from linearize.errors import LinearizeError, ModelError
 from linearize.export import export
-from linearize.generation import generate_text
+from linearize.generation import _encode, generate_text
 from linearize.loading import load
 from linearize.recipe import AttentionSettings, FeatureMapSettings
 
@@ -90,6 +90,39 @@ def test_the_command_line_reads_standard_input(folder, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{PROMPTS[0]}{continued(folder, PROMPTS[0], num_tokens=5)}\n"
 
 
+def test_a_text_is_read_once_and_questioned_often(folder, tmp_path, capsys):
+    file, book, questions = tmp_path / "book.state", "the old king " * 5, ["sees", "gives a red town"]
+    run = lambda *words: cli.main(["generate", str(folder), "--device", "cpu", *map(str, words)])  # noqa: E731
+    assert run("-p", book, "--save-state", file) == 0
+    assert f"{file}: 65 tokens, " in capsys.readouterr().out
+    told = ["--state", file, "--max-new-tokens", 9]
+    for asked in ([questions[0]], questions):
+        assert run(*[x for q in asked for x in ("-p", q)], *told) == 0
+        printed = capsys.readouterr().out
+        for question in asked:
+            assert f"{question}{continued(folder, book + question, num_tokens=9)}\n" in printed
+    assert run("-p", questions[0], "--state", file, "--save-state", tmp_path / "more.state") == 0
+    assert "more.state: 69 tokens" in capsys.readouterr().out
+    assert "the state of one text" in refused(capsys, "generate", folder, "-p", "a", "-p", "b", "--save-state", "x")
+    assert "is not a saved state" in refused(capsys, "generate", folder, "-p", "a", "--state", tmp_path / "none")
+
+
+def test_a_text_that_follows_another_begins_without_a_special_token():
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    alone, after = (_encode(tokenizer, ["so"], False, follows=follows)["input_ids"][0].tolist() for follows in (0, 1))
+    assert alone == [0, *after] and len(after) == 2
+
+
+def test_stop_texts_end_an_answer(folder, capsys):
+    text = continued(folder, PROMPTS[0], num_tokens=20)
+    stop = text[5:7]
+    got = generate_text(folder, prompts=PROMPTS[:1], max_new_tokens=20, stop=[stop], device="cpu")[0]
+    assert got == text[: text.index(stop) + 2] != text
+
+
 def refused(capsys, *words) -> str:
     assert cli.main([str(word) for word in words]) == 2
     captured = capsys.readouterr()
@@ -102,7 +135,7 @@ def test_what_cannot_be_generated(folder, capsys, monkeypatch):
     for prompt in ("", "-"):
         assert "a prompt is empty" in refused(capsys, "generate", folder, "-p", "some text", "-p", prompt)
     for option, value in (("--temperature", -1), ("--top-p", 0), ("--top-p", 1.5)):
-        assert "temperature must be" in refused(capsys, "generate", folder, "-p", "text", option, value)
+        assert f"{option[2:]} must be" in refused(capsys, "generate", folder, "-p", "text", option, value)
     with pytest.raises(LinearizeError, match="a prompt is empty"):
         generate_text(folder, prompts=[])
 

@@ -1,0 +1,284 @@
+"""Generation at full speed: the whole decode step (layers, head, sampling, end of rows) as one CUDA graph.
+
+    decoder = Decoder(model, batch=4, sampling=Sampling(temperature=0.7))
+    first = decoder.prefill(input_ids, attention_mask)    # [B] first new tokens
+    token = decoder.decode_one()                          # [B] the next
+    tokens = decoder.decode_n(100)                        # [B, 100] and no wait for the device
+
+or `generate(model, input_ids, ...)`, which stops at the end of rows. The same code runs without a graph where
+a model or machine cannot have one (mode="auto" decides; `decoder.why_eager` says why).
+
+B batch, T time, V vocabulary
+"""
+
+import torch
+
+from .errors import LinearizeError
+from .sampling import Sampler, Sampling
+from .state import State, read
+from .static_cache import StaticCache, StaticError
+
+MODES = ("auto", "graph", "static", "eager")
+CHECK_EVERY = 16  # tokens between looks at which rows have ended
+
+
+class Decoder:
+    """Decodes B rows at once, a token of each at a time; can be used again for other prompts.
+
+    mode: "graph" (a CUDA graph over static state), "static" (the same without a graph), "eager" (the model's
+    own cache), "auto" (graph on a GPU where the model can, else eager). Raises StaticError where a forced mode
+    cannot run. eos, pad: token ids, by default the model's. max_length: the most tokens of a row, prompt
+    included; needed for static decoding where layers have kept softmax, whose keys then get that much room. An
+    unconverted model decodes here too, as one that has kept all layers.
+    """
+
+    def __init__(self, model, *, batch: int, sampling: Sampling | None = None, eos=None, pad=None, mode: str = "auto",
+                 max_length: int | None = None):  # fmt: skip
+        if mode not in MODES:
+            raise LinearizeError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
+        self.model, self.device, self.why_eager, self.graph, self.cache = model, model.device, "", None, None
+        ends, pad = end_tokens(model, eos, pad)
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.sampler = Sampler(sampling or Sampling(), batch=batch, vocabulary=vocabulary, device=self.device)
+        self.ends = torch.tensor(ends, dtype=torch.long, device=self.device)
+        self.pad = torch.tensor(pad, device=self.device)
+        self.token = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.position = torch.zeros(batch, dtype=torch.long, device=self.device)  # of self.token in its row
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
+        self.mask = None  # [B, seen] where the model's own cache needs one
+        self._choose_mode(mode, batch, max_length)
+
+    def prefill(self, input_ids, attention_mask=None, *, state: State | None = None):
+        """Reads prompts [B, T], padded on the left, after `state`; returns the first new tokens [B]."""
+        return self.start(read(self.model, input_ids, attention_mask, state=state))
+
+    @torch.no_grad()
+    def start(self, state: State):
+        """Goes on from a state of B rows, which stays as it is; returns the first new tokens [B]."""
+        if len(state) != len(self.token):
+            raise LinearizeError(f"a state of {len(state)} rows for a decoder of {len(self.token)}; see State.select")
+        if self.is_static:
+            self.cache.load(state)
+        else:
+            self.cache, self.mask = state.copy().cache, state.tokens >= 0
+        self.position.copy_(state.lengths - 1)
+        self.finished.zero_()
+        self.sampler.start(state.tokens)
+        self._choose(state.logits)
+        return self.token.clone()
+
+    @torch.no_grad()
+    def replace(self, slot: int, state: State, *, seed: int = 0) -> int:
+        """Puts another text, a state of one row, into a slot, whatever was there; returns its first new token.
+
+        seed: added to the sampling's. Raises StaticError where layers have kept softmax.
+        """
+        if not state.is_constant or len(state) != 1:
+            raise StaticError("a slot takes a state of one row, and of a model without softmax layers")
+        rows = slice(slot, slot + 1)
+        if self.is_static:
+            self.cache.load(state, rows)
+        elif self.cache is None:
+            self.cache, self.mask = state.select([0] * len(self.token)).cache, torch.ones_like(self.finished)[:, None]
+        else:
+            self.cache = state.put_into(self.cache, slot)
+        self.position[rows] = state.lengths - 1
+        self.finished[rows] = False
+        self.sampler.start(state.tokens, rows, first=seed)
+        self._choose(state.logits, rows)
+        return self.token[slot].item()
+
+    def decode_one(self):
+        """The next token of each row, [B]; pad after a row's end. Does not wait for the device."""
+        self._advance()
+        return self.token.clone()
+
+    def decode_n(self, n: int):
+        """The next n tokens of each row, [B, n]. Does not wait for the device."""
+        tokens = self.token.new_empty(len(self.token), n)
+        for i in range(n):
+            self._advance()
+            tokens[:, i] = self.token
+        return tokens
+
+    def _advance(self) -> None:
+        if self.is_static:
+            self.cache.take_slot()
+        self.graph.replay() if self.graph else self._step()
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """One token of every row through the model, and the choice of the next: what the graph holds."""
+        if self.is_static:
+            mask = self.cache.open_slot()
+        else:
+            mask = self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        out = self.model(
+            input_ids=self.token[:, None], position_ids=self.position[:, None], attention_mask=mask,
+            past_key_values=self.cache, use_cache=True,
+        )  # fmt: skip
+        if self.is_static:
+            self.cache.close_slot()
+        self._choose(out.logits[:, -1])
+
+    def _choose(self, logits, rows: slice = slice(None)) -> None:
+        """Takes the next token of these rows from logits [rows, V], in place."""
+        token = torch.where(self.finished[rows], self.pad, self.sampler.pick(logits, rows))
+        self.finished[rows].logical_or_((token[:, None] == self.ends).any(-1))
+        self.token[rows].copy_(token)
+        self.position[rows].add_(1)
+
+    @property
+    def is_static(self) -> bool:
+        return isinstance(self.cache, StaticCache)
+
+    def _choose_mode(self, mode, batch, max_length) -> None:
+        """Sets up static state and graph where wanted; in mode auto says in `why_eager` what was in the way."""
+        if mode == "eager":
+            return
+        try:
+            if mode != "static" and self.device.type != "cuda":
+                raise StaticError(f"the model is on {self.device.type}; a graph needs a CUDA GPU")
+            self.cache = StaticCache(self.model, batch=batch, slots=max_length)
+            if mode != "static":
+                self._capture()
+        except StaticError as error:
+            if mode != "auto":
+                raise
+            self.why_eager, self.graph, self.cache = str(error), None, None
+
+    def _capture(self) -> None:
+        """Runs the step until its kernels are built, then once without any wait for the host, then records it."""
+        stream, before = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step()
+            self._step()
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                self._step()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                if "synchroniz" not in str(error):
+                    raise
+                raise StaticError(f"a step of {type(self.model).__name__} waits for the device: {error}") from error
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self.graph = graph
+
+
+def end_tokens(model, eos=None, pad=None) -> tuple[list[int], int]:
+    """(ids that end a row, id that fills it afterwards): as given, else by the model's generation config."""
+    settings = model.generation_config
+    eos = settings.eos_token_id if eos is None else eos
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else [int(x) for x in eos]
+    pad = settings.pad_token_id if pad is None else pad
+    if pad is None:
+        pad = ends[0] if ends else 0
+    return ends, pad
+
+
+def generate(model, input_ids=None, attention_mask=None, *, max_new_tokens: int, sampling: Sampling | None = None,
+             eos=None, pad=None, stop_strings=(), tokenizer=None, state: State | None = None, on_tokens=None,
+             mode: str = "auto", decoder: Decoder | None = None):  # fmt: skip
+    """New tokens [B, N] after prompts [B, T] (padded on the left) and `state`; pad follows a row's end.
+
+    Greedily the same tokens as `model.generate`. Without input_ids the state alone is continued. stop_strings:
+    a row ends with the token that completes one (needs the tokenizer), as in transformers. on_tokens(tokens
+    [B, k], on the CPU) is called as they come. decoder: one made before, whose graph is used again.
+    """
+    if max_new_tokens < 1:
+        raise LinearizeError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if stop_strings and tokenizer is None:
+        raise LinearizeError("stop_strings need the tokenizer")
+    if input_ids is None and state is None:
+        raise LinearizeError("nothing to continue: give input_ids, a state or both")
+    if input_ids is not None:
+        state = read(model, input_ids, attention_mask, state=state)
+    if decoder is None:
+        length = state.tokens.shape[1] + max_new_tokens + CHECK_EVERY
+        decoder = Decoder(
+            model, batch=len(state), sampling=sampling, eos=eos, pad=pad, mode=mode, max_length=length
+        )
+    rows = _Rows(decoder, stop_strings, tokenizer)
+    every = 1 if decoder.graph is None else CHECK_EVERY
+    for tokens in stream(decoder, decoder.start(state), max_new_tokens, every=every):
+        new = rows.add(tokens)
+        if on_tokens is not None and new.shape[1]:
+            on_tokens(new)
+        if rows.all_ended:
+            break
+    return torch.cat(rows.tokens, 1).to(decoder.device)
+
+
+def stream(decoder: Decoder, first, max_new_tokens: int, *, every: int = CHECK_EVERY):
+    """Yields all new tokens as [B, k] on the CPU. On a GPU one more piece is always under way while one is read."""
+    waiting, left = _to_cpu(first[:, None]), max_new_tokens - 1
+    while left > 0:
+        n = min(every, left)
+        if decoder.graph is None:  # nothing to overlap: look first, so that no step is run in vain
+            yield waiting()
+            waiting = _to_cpu(decoder.decode_n(n))
+        else:
+            ahead = _to_cpu(decoder.decode_n(n))
+            yield waiting()
+            waiting = ahead
+        left -= n
+    yield waiting()
+
+
+def _to_cpu(tokens):
+    """Starts a copy and returns a function that waits for it."""
+    if not tokens.is_cuda:
+        return lambda: tokens
+    copied = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def wait():
+        event.synchronize()
+        return copied
+
+    return wait
+
+
+class _Rows:
+    """The host's account of what has come and which rows have ended."""
+
+    def __init__(self, decoder: Decoder, stop_strings, tokenizer):
+        self.stop_strings, self.tokenizer, self.tokens = list(stop_strings), tokenizer, []
+        self.ends, self.pad = set(decoder.ends.tolist()), decoder.pad.item()
+        self.answers = [[] for _ in range(len(decoder.token))]  # without padding
+        self.ended = [False] * len(decoder.token)
+
+    def add(self, tokens):
+        """Takes tokens [B, k]; returns them with what lies beyond a row's end filled, and cut where all have ended."""
+        tokens, used = tokens.clone(), 0
+        for r, row in enumerate(tokens.tolist()):
+            for i, token in enumerate(row):
+                if self.ended[r]:
+                    tokens[r, i:] = self.pad
+                    break
+                self.answers[r].append(token)
+                self.ended[r] = token in self.ends or self._stops(self.answers[r])
+                used = max(used, i + 1)
+        tokens = tokens[:, :used]
+        self.tokens.append(tokens)
+        return tokens
+
+    def _stops(self, answer) -> bool:
+        if not self.stop_strings:
+            return False
+        longest = max(len(s.encode()) for s in self.stop_strings)
+        tail = self.tokenizer.decode(answer[-longest - 8 :])  # a token is at least a byte; 8 for what goes before
+        return any(s in tail for s in self.stop_strings)
+
+    @property
+    def all_ended(self) -> bool:
+        return all(self.ended)

@@ -1,0 +1,261 @@
+"""What a model remembers of a text, as a value: read a document once, ask about it many times, on any day.
+
+    state = read(model, input_ids)                     # in chunks, so that any length fits
+    state.save("book.safetensors", model, tokenizer)   # a few MB, whatever the length
+    state = State.load("book.safetensors", model, tokenizer)
+    decoder.start(state.select([0] * 8))               # eight copies of one row
+
+B batch, T time, V vocabulary
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from linearize_kernels.state import State as LayerState
+
+from .errors import LinearizeError
+from .linearized_cache import LinearizedCacheLayer
+
+CHUNK = 4096  # tokens of a row that go through the model at once
+TOKENS_AT_ONCE = 32768  # tokens of all rows that do
+FORMAT = "linearize state 1"
+_SAMPLES = 4096  # numbers of each weight that go into the fingerprint
+_LAYER_FIELDS = tuple(f.name for f in fields(LayerState))
+
+
+class StateError(LinearizeError):
+    """A saved state is damaged, or belongs to another model or tokenizer."""
+
+
+@dataclass
+class State:
+    """A batch of texts as the model remembers them, and what it expects next. Never changed in place."""
+
+    cache: Cache
+    logits: torch.Tensor  # [B, V] for the next token
+    tokens: torch.Tensor  # [B, T] int64, -1 where there is none (padding)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[B] tokens read, padding left out: the position of the next one."""
+        return (self.tokens >= 0).sum(-1)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def copy(self) -> "State":
+        """Another State whose cache the model may go on with: it replaces tensors and changes none."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(x) if _is_known(x) else copy.deepcopy(x) for x in cache.layers]
+        return State(cache, self.logits, self.tokens)
+
+    def select(self, rows: Sequence[int]) -> "State":
+        """These rows, as often as they are named: [0, 0, 0] makes three of the first, and takes no memory."""
+        rows = list(rows)
+        index = torch.tensor(rows, device=self.tokens.device)
+
+        def pick(x):
+            if set(rows) == {rows[0]}:
+                return x[rows[0]].expand(len(rows), *x.shape[1:])
+            return x.index_select(0, index)
+
+        return State(_copy_cache(self.cache, pick), pick(self.logits), pick(self.tokens))
+
+    def put_into(self, cache: Cache, slot: int) -> Cache:
+        """Another cache of the same model, with this state's one row in the place of its row `slot`."""
+        new = copy.copy(cache)
+        new.layers = []
+        for theirs, mine in zip(cache.layers, self.cache.layers, strict=True):
+            tensors = {name: x.clone() for name, x in _tensors(theirs).items()}
+            for name, x in _tensors(mine).items():
+                tensors[name][slot : slot + 1] = x
+            new.layers.append(_with_tensors(theirs, tensors))
+        return new
+
+    @staticmethod
+    def join(states: Sequence["State"]) -> "State":
+        """The rows of several states in one. Softmax layers ask that all have read equally many slots."""
+        if len(states) == 1:
+            return states[0]
+        longest = max(s.tokens.shape[1] for s in states)
+        if any(s.tokens.shape[1] != longest for s in states) and not states[0].is_constant:
+            raise StateError("states of a model with softmax layers can be joined where all are equally long")
+        pad = torch.nn.functional.pad
+        tokens = torch.cat([pad(s.tokens, [longest - s.tokens.shape[1], 0], value=-1) for s in states])
+        cache = copy.copy(states[0].cache)
+        cache.layers = [_join_layers(layers) for layers in zip(*(s.cache.layers for s in states), strict=True)]
+        return State(cache, torch.cat([s.logits for s in states]), tokens)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether its size is independent of the text's length: every layer is converted."""
+        return all(isinstance(layer, LinearizedCacheLayer) for layer in self.cache.layers)
+
+    def num_bytes(self) -> int:
+        """Bytes of the layers' memory, the whole batch."""
+        return sum(x.numel() * x.element_size() for layer in self.cache.layers for x in _tensors(layer).values())
+
+    def save(self, path, model, tokenizer=None) -> None:
+        """Writes a safetensors file that knows which model (and tokenizer) it belongs to."""
+        tensors = {"logits": self.logits, "tokens": self.tokens}
+        for index, layer in enumerate(self.cache.layers):
+            tensors |= {f"layers.{index}.{name}": x for name, x in _tensors(layer).items()}
+        seen = [layer.get_seq_length() for layer in self.cache.layers]
+        metadata = {"format": FORMAT, "model": fingerprint(model), "seen": json.dumps([int(x) for x in seen])}
+        if tokenizer is not None:
+            metadata["tokenizer"] = tokenizer_fingerprint(tokenizer)
+        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path, model, tokenizer=None) -> "State":
+        """Reads a saved state to the model's device. Raises StateError where it is not this model's."""
+        try:
+            with safe_open(path, "pt", device=str(model.device)) as file:
+                metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise StateError(f"{path} is not a saved state: {error}") from error
+        _check(path, metadata, model, tokenizer)
+        cache = make_cache(model)
+        for index, (layer, seen) in enumerate(zip(cache.layers, json.loads(metadata["seen"]), strict=True)):
+            start = f"layers.{index}."
+            mine = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
+            _fill(layer, mine, seen, model.dtype)
+        return cls(cache, tensors["logits"], tensors["tokens"])
+
+
+@torch.no_grad()
+def read(model, input_ids, attention_mask=None, *, state: State | None = None, chunk: int = CHUNK) -> State:
+    """Reads texts after what `state` has read (None: nothing). The given state stays as it is.
+
+    input_ids, attention_mask [B, T], padded on the left. A state of one row stands for any number of rows.
+    Raises LinearizeError for an empty or right-padded row.
+    """
+    input_ids = input_ids.to(model.device)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(model.device)
+    if input_ids.shape[1] == 0 or not bool(mask[:, -1].all()):
+        raise LinearizeError("every row must end in a token: pad on the left, and give no empty row")
+    if state is not None and len(state) != len(input_ids):
+        if len(state) != 1:
+            raise LinearizeError(f"{len(input_ids)} texts after a state of {len(state)} rows")
+        state = state.select([0] * len(input_ids))
+    chunk = max(1, min(chunk, input_ids.shape[1]))
+    rows, parts = max(1, TOKENS_AT_ONCE // chunk), []
+    if not all(isinstance(layer, LinearizedCacheLayer) for layer in make_cache(model).layers):
+        rows = len(input_ids)  # not every other kind of cache can be joined again
+    for start in range(0, len(input_ids), rows):
+        some = range(start, min(start + rows, len(input_ids)))
+        before = None if state is None else state.select(some)
+        parts.append(_read_rows(model, input_ids[start : start + rows], mask[start : start + rows], before, chunk))
+    return State.join(parts)
+
+
+def _read_rows(model, input_ids, mask, before, chunk) -> State:
+    cache = make_cache(model) if before is None else before.cache  # select() made it ours
+    old = mask[:, :0] if before is None else (before.tokens >= 0).to(mask.dtype)
+    mask, num_old = torch.cat([old, mask], 1), old.shape[1]
+    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+    for start in range(0, input_ids.shape[1], chunk):
+        stop = min(start + chunk, input_ids.shape[1])
+        out = model(
+            input_ids=input_ids[:, start:stop], attention_mask=mask[:, : num_old + stop],
+            position_ids=position_ids[:, num_old + start : num_old + stop], past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+    tokens = input_ids.masked_fill(mask[:, num_old:] == 0, -1)
+    if before is not None:
+        tokens = torch.cat([before.tokens, tokens], 1)
+    return State(cache, out.logits[:, -1].clone(), tokens)
+
+
+def make_cache(model) -> Cache:
+    """An empty cache of the model's own kind, converted or not."""
+    return model.make_cache() if hasattr(model, "make_cache") else DynamicCache(config=model.config)
+
+
+def fingerprint(model) -> str:
+    """Of the config and a sample of every weight, in bfloat16, so that a model loaded in another dtype is the same."""
+    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map", "architectures")
+    config = {key: value for key, value in model.config.to_dict().items() if key not in volatile}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.named_parameters()):
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """Of the vocabulary."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def _check(path, metadata, model, tokenizer) -> None:
+    if metadata.get("format") != FORMAT:
+        raise StateError(f"{path} is not a saved state of this version ({FORMAT}), but {metadata.get('format')!r}")
+    if metadata["model"] != fingerprint(model):
+        raise StateError(
+            f"{path} was saved by another model (other weights or config). Load the model that read the text, "
+            "or read the text again."
+        )
+    expected = metadata.get("tokenizer")
+    if tokenizer is not None and expected is not None and expected != tokenizer_fingerprint(tokenizer):
+        raise StateError(f"{path} was saved with another tokenizer, whose token ids mean other text")
+
+
+def _is_known(layer) -> bool:
+    return isinstance(layer, LinearizedCacheLayer | DynamicLayer)
+
+
+def _tensors(layer) -> dict[str, torch.Tensor]:
+    """What a cache layer holds, by name."""
+    if isinstance(layer, LinearizedCacheLayer):
+        return {name: getattr(layer.state, name) for name in _LAYER_FIELDS}
+    if isinstance(layer, DynamicLayer):
+        return {"keys": layer.keys, "values": layer.values}
+    raise StateError(f"a {type(layer).__name__} cannot be copied or saved; softmax and converted layers can")
+
+
+def _fill(layer, tensors, seen: int, dtype) -> None:
+    """The reverse of `_tensors`, for an empty layer."""
+    exact = ("sink_k", "sink_v", "ring_k", "ring_v", "keys", "values")
+    tensors = {name: x.to(dtype) if name in exact else x for name, x in tensors.items()}
+    if isinstance(layer, LinearizedCacheLayer):
+        layer.state, layer.is_initialized, layer.num_seen = LayerState(**tensors), True, seen
+        layer.num_in_ring = min(seen, layer.state.ring_valid.shape[1])
+        return
+    layer.lazy_initialization(tensors["keys"], tensors["values"])
+    layer.keys, layer.values = tensors["keys"], tensors["values"]
+    if layer.is_sliding:
+        layer.cumulative_length = seen
+
+
+def _with_tensors(layer, tensors):
+    new = copy.copy(layer)
+    if isinstance(layer, LinearizedCacheLayer):
+        new.state = LayerState(**tensors)
+    else:
+        new.keys, new.values = tensors["keys"], tensors["values"]
+    return new
+
+
+def _copy_cache(cache: Cache, function) -> Cache:
+    new = copy.copy(cache)
+    new.layers = [_with_tensors(x, {n: function(t) for n, t in _tensors(x).items()}) for x in cache.layers]
+    return new
+
+
+def _join_layers(layers):
+    parts = [_tensors(layer) for layer in layers]
+    joined = _with_tensors(layers[0], {name: torch.cat([p[name] for p in parts]) for name in parts[0]})
+    if isinstance(joined, LinearizedCacheLayer):
+        joined.num_seen = max(layer.num_seen for layer in layers)
+        joined.num_in_ring = min(layer.num_in_ring for layer in layers)
+    return joined

@@ -1,0 +1,142 @@
+"""`linearize process`: every row once and in order, bad ones apart, and the same files after a kill at any moment."""
+
+import json
+
+import datasets
+import pytest
+from test_export import CHAT, make_tokenizer, save_model
+
+from linearize import cli
+from linearize import process as process_module
+from linearize.architecture import linearize_
+from linearize.errors import DataError
+from linearize.export import export
+from linearize.generation import generate_text
+from linearize.loading import load_any
+from linearize.process import process
+from linearize.recipe import AttentionSettings, FeatureMapSettings
+from linearize.sampling import Sampling
+
+TEXTS = ["the old king", "so", "a river runs to the town", "red", "the new and the blue of it", "to and from"]
+TEMPLATE = "{text} is"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    teacher = save_model(tmp_path_factory.mktemp("teacher"))
+    model, _ = load_any(teacher, device="cpu")
+    linearize_(model, AttentionSettings(window=6, sinks=2, feature_map=FeatureMapSettings(dim=4)))
+    model.generation_config.eos_token_id = [1, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50]  # rows end here and there
+    export(model, make_tokenizer(chat_template=CHAT), teacher.parent / "out", dtype="auto", files={})
+    return teacher.parent / "out"
+
+
+def write(path, rows):
+    path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in rows), encoding="utf-8")
+    return path
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run(folder, source, target, **options):
+    options = {"template": TEMPLATE, "batch": 2, "max_new_tokens": 20, "device": "cpu", **options}
+    return process(folder, source, target, **options)
+
+
+def test_every_row_is_answered_once_in_order_as_alone(folder, tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", [{"text": t, "id": i} for i, t in enumerate(TEXTS)])
+    counts = run(folder, source, tmp_path / "out.jsonl")
+    rows = lines(tmp_path / "out.jsonl")
+    assert [r["row"] for r in rows] == [r["id"] for r in rows] == list(range(6)) and counts["rows"] == 6
+    for row in rows:
+        (alone,) = generate_text(folder, prompts=[f"{row['text']} is"], max_new_tokens=20, device="cpu")
+        assert row["output"] == alone
+    assert counts["tokens"] < 6 * 20, "padding is no answer"
+    assert len({len(r["output"]) for r in rows}) > 1, "rows of several lengths, so that slots were filled again"
+    assert not (tmp_path / "out.jsonl.errors.jsonl").exists()
+    run(folder, source, tmp_path / "again.jsonl", batch=5)
+    assert lines(tmp_path / "again.jsonl") == rows
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_common_prefix_is_read_once(folder, tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS[:3]])
+    run(folder, source, tmp_path / "out.jsonl", prefix="the town of the old king: " * 3)
+    run(folder, source, tmp_path / "whole.jsonl", template="the town of the old king: " * 3 + TEMPLATE)
+    assert lines(tmp_path / "out.jsonl") == lines(tmp_path / "whole.jsonl")
+
+
+def test_bad_rows_go_to_the_errors_and_nothing_else_is_lost(folder, tmp_path):
+    bad = ["{broken", "[1]", {"other": 1}, {"text": "king " * 200}, ""]
+    source = write(tmp_path / "in.jsonl", [{"text": "the old"}, *bad, {"text": "so"}])
+    counts = run(folder, source, tmp_path / "out.jsonl")
+    assert [r["row"] for r in lines(tmp_path / "out.jsonl")] == [0, 6] and counts["errors"] == 5
+    errors = lines(tmp_path / "out.jsonl.errors.jsonl")
+    assert [e["row"] for e in errors] == [1, 2, 3, 4, 5]
+    reasons = ("not JSON", "not an object", "columns are other", "positions", "empty line")
+    for error, said in zip(errors, reasons, strict=True):
+        assert said in error["error"]
+    source = write(tmp_path / "in2.jsonl", [{"text": ""}, {"text": "so"}])
+    assert run(folder, source, tmp_path / "out2.jsonl", template="{text}")["errors"] == 1
+
+
+def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(folder, tmp_path, monkeypatch):
+    rows = [{"text": t} for t in TEXTS]
+    rows[2] = {"other": 1}
+    source = write(tmp_path / "in.jsonl", rows)
+    options = {"sampling": Sampling(temperature=1.0, seed=5)}
+    run(folder, source, tmp_path / "whole.jsonl", **options)
+    write_line = process_module._write
+    for stop in range(6):
+        target, written = tmp_path / f"{stop}.jsonl", []
+
+        def killed(file, row, stop=stop, written=written):
+            if len(written) == stop:
+                file.write('{"text": "half a li')
+                file.flush()
+                raise KeyboardInterrupt
+            written.append(row)
+            write_line(file, row)
+
+        monkeypatch.setattr(process_module, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, source, target, **options)
+        monkeypatch.setattr(process_module, "_write", write_line)
+        assert run(folder, source, target, **options)["resumed_at"] == stop
+        for suffix in ("", ".errors.jsonl"):
+            assert lines(tmp_path / f"{stop}.jsonl{suffix}") == lines(tmp_path / f"whole.jsonl{suffix}")
+    twice = write(tmp_path / "twice.jsonl", [{"text": "so"}] * 2)
+    run(folder, twice, tmp_path / "samples", **options)
+    first, second = lines(tmp_path / "samples")
+    assert first["output"] != second["output"], "a row draws for itself"
+    before = (tmp_path / "whole.jsonl").read_bytes()
+    assert run(folder, source, tmp_path / "whole.jsonl", **options)["rows"] == 0
+    assert (tmp_path / "whole.jsonl").read_bytes() == before, "nothing left to do"
+
+
+def test_other_sources_and_the_command_line(folder, tmp_path):
+    data = datasets.Dataset.from_dict({"text": TEXTS[:2]})
+    data.to_parquet(str(tmp_path / "in.parquet"))
+    data.save_to_disk(str(tmp_path / "disk"))
+    source = write(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS[:2]])
+    found = []
+    for given in (source, tmp_path / "in.parquet", tmp_path / "disk"):
+        target = tmp_path / f"{given.name}.out"
+        words = ["process", folder, given, target, "--template", TEMPLATE, "--chat", "--device", "cpu"]
+        assert cli.main([*map(str, words), "--max-new-tokens", "6"]) == 0
+        found.append(lines(target))
+    assert found[0] == found[1] == found[2] and len(found[0]) == 2
+
+
+def test_what_is_refused(folder, tmp_path):
+    with pytest.raises(DataError, match="no such .jsonl or .parquet"):
+        run(folder, tmp_path / "none.jsonl", tmp_path / "out")
+    source = write(tmp_path / "in.jsonl", [{"text": "so"}])
+    target = tmp_path / "mine.jsonl"
+    for content in ('{"x": 1}\n', '{"row": 7}\n', "a note", '{"x": 1}\nand', '[{"row": 0}]\n'):
+        target.write_text(content)
+        with pytest.raises(DataError, match="another output file"):
+            run(folder, source, target)
+        assert target.read_text() == content, "it stays as it was"
