@@ -12,6 +12,7 @@ ON_GPU = torch.cuda.is_available()
 
 from linearize_kernels import attention, attention_quadratic, can_run  # noqa: E402
 from linearize_kernels.configs import CONFIGS, Config, SumTiles, Tiles  # noqa: E402
+from linearize_kernels.plan import plan_rows  # noqa: E402
 from linearize_kernels.sums import key_sums  # noqa: E402
 from linearize_kernels.training import attention_training  # noqa: E402
 
@@ -118,6 +119,20 @@ def test_small_cases(name, dtype):
 def test_tiles_of_different_sizes(name):
     cases = {**CASES, "per query head, no decay": {"heads": 4, "groups": 2, "per": "query_head"}}
     check({"length": 140, **cases[name]}, config=MIXED)
+
+
+def test_a_plan_is_made_once_for_all_layers_and_anew_for_other_rows():
+    _, options, _ = make(length=20, batch=2, pad="left", cuts=(9,))
+    sizes = {"window": 12, "sinks": 3}
+    first = plan_rows(20, options["valid"], options["segments"], **sizes)
+    assert plan_rows(20, options["valid"], options["segments"], **sizes) is first
+    options["valid"][1, :3] = False  # the same tensor with other contents
+    second = plan_rows(20, options["valid"], options["segments"], **sizes)
+    assert second is not first and not torch.equal(second.codes, first.codes)
+    assert plan_rows(20, options["valid"].clone(), options["segments"], **sizes) is not second
+    with torch.inference_mode():
+        valid = options["valid"].clone()
+        assert torch.equal(plan_rows(20, valid, None, **sizes).codes, plan_rows(20, valid, None, **sizes).codes)
 
 
 def test_long_rows_take_far_tokens_through_sums(monkeypatch):

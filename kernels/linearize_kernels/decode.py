@@ -176,10 +176,11 @@ class Launch(NamedTuple):
 def choose_launch(programs: int, rows: int, head_dim: int, columns: int, group: int, dtype) -> Launch:
     """The launch for `programs` programs of `columns` value columns, `rows` sinks and ring slots.
 
-    Few programs: latency counts, everything is read at once. Many: registers count, so that two programs of 8
-    warps share a multiprocessor, and unwanted slots are not read.
+    Few programs: latency counts, everything is read at once by 8 warps. Many: 4 warps, and unwanted slots are not
+    read. Found on an H100 (kernels/README.md).
     """
-    few, warps = programs <= TARGET_PROGRAMS, 8
+    few = programs <= TARGET_PROGRAMS
+    warps = 8 if few else 4
     threads, heads = 32 * warps, triton.next_power_of_2(group)
     widest = 2**15 // (_pad(max(head_dim, columns)) * dtype.itemsize)  # a tile of 32 KB
     slots = max(16, min(_pad(rows), widest))
@@ -187,12 +188,7 @@ def choose_launch(programs: int, rows: int, head_dim: int, columns: int, group: 
     # where it is used.
     features = max(1, min(4 * threads // columns, 32 * threads // (heads * columns), threads // (2 * heads)))
     unroll = min(16, -(-153 // features)) if few else 4
-    # Larger cases than these would spill at 128 registers; more than one block of slots takes more memory.
-    small = dtype == torch.bfloat16 and heads <= 4 and slots >= rows
-    return Launch(
-        slots, features, unroll, few, warps, num_stages=2 if slots >= rows else 1,
-        maxnreg=128 if small and not few else None,
-    )  # fmt: skip
+    return Launch(slots, features, unroll, few, warps, num_stages=2 if slots >= rows else 1)
 
 
 def why_not(q, k, v, q_far, k_far) -> str:

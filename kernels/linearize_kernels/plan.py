@@ -32,8 +32,25 @@ def plain_plan(device) -> Plan:
     return Plan(True, *[torch.zeros(1, dtype=torch.int32, device=device)] * 7)
 
 
+_newest: tuple = (None, None, None)  # what the newest plan was made from and for, and the plan
+
+
 def plan_rows(length: int, valid, segments, *, window: int, sinks: int) -> Plan:
-    """Rows with padding (valid [B, L] bool or None) and packed texts (segments [B, L] or None), without a past."""
+    """Rows with padding (valid [B, L] bool or None) and packed texts (segments [B, L] or None), without a past.
+
+    All layers of a model ask for the same plan one after the other, so the newest one is kept.
+    """
+    global _newest
+    given = [x for x in (valid, segments) if x is not None]
+    if any(x.is_inference() for x in given):  # they do not tell whether they were changed
+        return _plan_rows(length, valid, segments, window=window, sinks=sinks)
+    key = length, window, sinks, *((id(x), None if x is None else x._version) for x in (valid, segments))
+    if _newest[0] != key:
+        _newest = key, (valid, segments), _plan_rows(length, valid, segments, window=window, sinks=sinks)
+    return _newest[2]
+
+
+def _plan_rows(length, valid, segments, *, window, sinks) -> Plan:
     given = segments if valid is None else valid
     batch, device = given.shape[0], given.device
     slots = torch.arange(length, device=device).expand(batch, length)
