@@ -207,6 +207,8 @@ def test_what_is_refused():
         generate(model, ids.flip(1), mask.flip(1), max_new_tokens=2)
     with pytest.raises(LinearizeError, match="2 seeds for 3 rows"):
         generate(model, ids, mask, max_new_tokens=2, sampling=Sampling(temperature=1.0, seed=[1, 2]))
+    with pytest.raises(LinearizeError, match="brings its own"):
+        generate(model, ids, mask, max_new_tokens=2, decoder=Decoder(model, batch=3), sampling=Sampling())
     with pytest.raises(LinearizeError, match="a state of 3 rows for a decoder of 2"):
         Decoder(model, batch=2).start(read(model, ids, mask))
 
