@@ -195,6 +195,8 @@ def generate(model, input_ids=None, attention_mask=None, *, max_new_tokens: int,
     """
     if max_new_tokens < 1:
         raise LinearizeError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if decoder is not None and (sampling, eos, pad, mode) != (None, None, None, "auto"):
+        raise LinearizeError("a decoder brings its own sampling, eos, pad and mode; give either")
     if stop_strings and tokenizer is None:
         raise LinearizeError("stop_strings need the tokenizer")
     if input_ids is None and state is None:

@@ -207,6 +207,8 @@ def test_what_is_refused():
         generate(model, ids.flip(1), mask.flip(1), max_new_tokens=2)
     with pytest.raises(LinearizeError, match="2 seeds for 3 rows"):
         generate(model, ids, mask, max_new_tokens=2, sampling=Sampling(temperature=1.0, seed=[1, 2]))
+    with pytest.raises(LinearizeError, match="brings its own"):
+        generate(model, ids, mask, max_new_tokens=2, decoder=Decoder(model, batch=3), sampling=Sampling())
     with pytest.raises(LinearizeError, match="a state of 3 rows for a decoder of 2"):
         Decoder(model, batch=2).start(read(model, ids, mask))
 
@@ -230,8 +232,18 @@ def test_a_graph_replays_what_the_step_does(dtype, temperature):
 def test_a_graph_gives_the_eager_tokens():
     model, (ids, mask) = make(), batch()
     assert Decoder(model, batch=3).graph is not None, Decoder(model, batch=3).why_eager
-    got = generate(model, ids, mask, max_new_tokens=100)
-    assert torch.equal(got, expected(model, ids, mask, new=100))
+    got = generate(model, ids, mask, max_new_tokens=40)
+    assert torch.equal(got, expected(model, ids, mask, new=40))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kept", [[0], [0, 1]])
+def test_a_graph_with_softmax_layers_gives_the_eager_tokens(kept):
+    model = make(keep_softmax=kept[:1]) if len(kept) == 1 else make_model().to(DEVICE)
+    ids, mask = batch()
+    assert Decoder(model, batch=3, mode="graph", max_length=100).graph is not None
+    got = generate(model, ids, mask, max_new_tokens=40, mode="graph")
+    assert torch.equal(got, expected(model, ids, mask, new=40))
 
 
 @pytest.mark.gpu

@@ -44,6 +44,7 @@ def test_every_side_prompt_and_batch_is_measured(folder, teacher, tmp_path, caps
     held = {(r["side"], int(r["prompt"])): int(r["bytes_a_row"]) for r in rows}
     assert held["converted", 16] == held["converted", 32]
     assert held["teacher-dynamic", 16] == 2 * 2 * 2 * 8 * 4 * (16 + 4 - 1 + bench._WARMUP)  # K, V, layers, heads, dim
+    assert "Decoding: converted over teacher" in printed and printed.count("each at its best") == 2
     assert (tmp_path / "run.png").stat().st_size > 10000
 
 
@@ -56,6 +57,19 @@ def test_a_batch_that_does_not_fit_is_a_row_without_figures(monkeypatch, capsys)
     assert result.decode_ms is None and result.step == "does not fit"
     bench._report(result, None, first=True)
     assert "does not fit" in capsys.readouterr().out
+
+
+def test_ratios_take_the_better_teacher_and_each_sides_best():
+    def cell(side, batch, rate):
+        return bench.Result(side, 8, 4, batch, decode_ms=1.0, decode_tokens_s=rate)
+
+    cells = [cell("converted", 1, 30.0), cell("converted", 8, 200.0), cell("teacher-static", 1, 60.0)]
+    cells += [cell("teacher-dynamic", 1, 20.0), cell("teacher-dynamic", 4, 50.0)]
+    cells += [bench.Result("teacher-static", 8, 4, 8)]  # did not fit
+    assert [(what, ratio) for _, what, _, _, ratio in bench.compare(cells)] == [
+        ("batch 1", 0.5), ("each at its best", 200 / 60)
+    ]  # fmt: skip
+    assert bench.compare(cells[:2]) == []
 
 
 def test_weights_and_cache_are_counted_once():

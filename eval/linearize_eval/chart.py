@@ -78,7 +78,7 @@ def _draw_perplexity(axes: Axes, report: dict) -> None:
         textcoords="offset points",
         color="dimgrey",
     )
-    _log_axes(axes)
+    log_axes(axes)
     axes.set_ylim(top=top)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.set(
@@ -110,7 +110,7 @@ def _draw_memory(axes: Axes, report: dict) -> None:
     for row in curve:
         if row["length"] == COMPARED_LENGTH:
             _draw_ratio(axes, row)
-    _log_axes(axes)
+    log_axes(axes)
     axes.set(
         title="Memory of one sequence (lower is better)",
         xlabel="length of the sequence (tokens)",
@@ -135,7 +135,7 @@ def _draw_ratio(axes: Axes, row: dict) -> None:
     )
 
 
-def _log_axes(axes: Axes) -> None:
+def log_axes(axes: Axes) -> None:
     """Lengths in tokens along a base-2 x axis, plain numbers along a logarithmic y axis, a faint grid."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

@@ -102,6 +102,8 @@ def bench_generation(folder=None, *, against=None, shape=None, prompts=(128, 102
                         _report(result, output, first=len(results) == 1)
         del model
         _free()
+    if ratios := compare(results):
+        _print_ratios(ratios)
     if output:
         from .generation_chart import draw_generation
 
@@ -177,6 +179,45 @@ def _largest(model, side, prompt, new, rate) -> list[Result]:
             return [result]
         batch //= 2
     return [_try(model, side, prompt, new, 1, rate)]
+
+
+def compare(results) -> list[tuple]:
+    """(prompt, what, converted, teacher, ratio of decode tokens a second), where both sides were measured.
+
+    At each batch that both have, and at each side's best: of the teacher's two caches the better one.
+    """
+    rows, measured = [], [r for r in results if r.decode_ms is not None]
+    for prompt in dict.fromkeys(r.prompt for r in measured):
+        here = [r for r in measured if r.prompt == prompt]
+        ours, theirs = ([r for r in here if (r.side == "converted") == mine] for mine in (True, False))
+        if not (ours and theirs):
+            continue
+        for batch in sorted({r.batch for r in ours} & {r.batch for r in theirs}):
+            pair = [_fastest(r for r in rs if r.batch == batch) for rs in (ours, theirs)]
+            rows.append((prompt, f"batch {batch}", *pair, pair[0].decode_tokens_s / pair[1].decode_tokens_s))
+        pair = [_fastest(ours), _fastest(theirs)]
+        rows.append((prompt, "each at its best", *pair, pair[0].decode_tokens_s / pair[1].decode_tokens_s))
+    return rows
+
+
+def _fastest(results) -> Result:
+    return max(results, key=lambda r: r.decode_tokens_s)
+
+
+def _print_ratios(rows) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Decoding: converted over teacher")
+    for column in ("prompt", "at", "converted tok/s", "teacher tok/s", "ratio", "MiB a row", "KV cache MiB a row"):
+        table.add_column(column, justify="right")
+    for prompt, what, ours, theirs, ratio in rows:
+        table.add_row(
+            f"{prompt:,}", what, f"{ours.decode_tokens_s:,.0f} (batch {ours.batch})",
+            f"{theirs.decode_tokens_s:,.0f} ({theirs.side.removeprefix('teacher-')}, batch {theirs.batch})",
+            f"{ratio:.2f}", f"{ours.bytes_a_row / 2**20:,.2f}", f"{theirs.bytes_a_row / 2**20:,.2f}",
+        )  # fmt: skip
+    Console(width=120).print(table)
 
 
 def copy_rate(device) -> float:

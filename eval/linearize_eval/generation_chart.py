@@ -2,8 +2,9 @@
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
-from .chart import STYLES
+from .chart import STYLES, log_axes
 
 
 def draw_generation(results, path, *, title: str) -> None:
@@ -26,9 +27,8 @@ def draw_generation(results, path, *, title: str) -> None:
             axes.plot(xs, ys, color=colour, linestyle=line, marker="o", label=side)
             for x, y, batch in points:
                 axes.annotate(f"{batch}", (x, y), xytext=(3, 4), textcoords="offset points", fontsize=8)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.grid(alpha=0.25)
+        log_axes(axes)
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:,.4g}"))
         axes.set(title=f"Decoding, {words} (written beside)", xlabel="prompt (tokens)", ylabel="new tokens a second")
     left.legend(frameon=False)
     figure.suptitle(title, fontsize=9)
