@@ -25,12 +25,16 @@ class StaticLinearLayer(LinearizedCacheLayer):
 
     def __init__(self, linear_attn, *, batch: int, dtype: torch.dtype, device):
         super().__init__()
+        from linearize_kernels import can_decode
         from linearize_kernels.decode import DecodeState
 
         self.linear_attn, self.window = linear_attn, linear_attn.window
         rows = torch.zeros(batch, linear_attn.num_kv_heads, 1, linear_attn.head_dim, dtype=dtype, device=device)
         self.decode_state = DecodeState.from_state(linear_attn.empty_state(rows, rows), window=self.window)
         self.splits = self.decode_state.position.shape[2]
+        verdict = can_decode(self.decode_state, heads=linear_attn.num_heads, decay=linear_attn.log_decay is not None)
+        if not verdict:
+            raise StaticError(f"the decode kernel: {verdict.reason}")
         self.is_initialized = True
         self._fuse_maps()
 
@@ -170,7 +174,8 @@ def why_not_static(model, modules, linear, slots) -> str:
     }
     for x in linear.values():
         checks |= {
-            f"the {x.feature_map} map: taylor only": x.feature_map == "taylor",
+            f"the {x.feature_map} map: taylor only": x.series == "taylor",
+            f"kv heads {x.heads.kept} of a layer keep softmax attention": not x.heads.kept,
             "a map per query head": x.k_map.shape[0] == x.num_kv_heads,
             f"window {x.window}: 2 or more": x.window >= 2,
             f"map dim {x.q_map.shape[-1]}: up to 32": x.q_map.shape[-1] <= 32,

@@ -6,9 +6,10 @@ Without a GPU it runs in Triton's interpreter (see conftest.py), in float32.
 import pytest
 import torch
 
-from linearize_kernels import State, attention_quadratic
+from linearize_kernels import State, attention_quadratic, can_decode, self_test
 
 tl = pytest.importorskip("triton.language", reason="Triton is not installed")
+from linearize_kernels import decode as decode_module  # noqa: E402
 from linearize_kernels.decode import DecodeState, Launch, choose_splits, decode  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
@@ -18,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
 
 @pytest.fixture(autouse=True)
 def fold_early(monkeypatch):
-    """In the interpreter, which is slow, 8 tokens are folded at once instead of 64."""
+    """In the interpreter, which is slow, 8 tokens are folded at once instead of 32."""
     if not ON_GPU:
         monkeypatch.setattr("linearize_kernels.decode.FOLD", 8)
         monkeypatch.setattr("linearize_kernels.decode_kernels.FOLD", tl.constexpr(8))
@@ -182,3 +183,28 @@ def test_ring_in_several_blocks(eager, monkeypatch):
     launch = Launch(RB=16, FB=8, UNROLL=2, EAGER=eager)
     monkeypatch.setattr("linearize_kernels.decode.choose_launch", lambda *sizes: launch)
     check(prompt=20, tokens=12, window=14, batch=1, decay=True)
+
+
+def test_the_self_test_sees_a_wrong_kernel(monkeypatch):
+    sizes = dict(heads=4, groups=2, head_dim=16, value_dim=16, map_dim=4, window=8, sinks=2)
+    launch = decode_module.choose_launch(2, 41, 16, 16, 2, torch.float32)
+    test = self_test.self_test_decode.__wrapped__
+    error, allowed = test(torch.device(DEVICE), torch.float32, launch=launch, splits=1, decay=True, **sizes)
+    assert error <= allowed
+    right = decode_module.decode
+    monkeypatch.setattr(decode_module, "decode", lambda *args, **kw: right(*args, **kw) * 1.01)
+    error, allowed = test(torch.device(DEVICE), torch.float32, launch=launch, splits=1, **sizes)
+    assert error > allowed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("batch", [1, 200])
+@pytest.mark.parametrize("shape", [(9, 3, 64), (32, 8, 128), (8, 8, 96)], ids=str)
+def test_can_decode_trusts_the_kernels_here(shape, batch):
+    heads, groups, head_dim = shape
+    k = torch.zeros(batch, groups, 1, head_dim, device="cuda", dtype=torch.bfloat16)
+    k_far = torch.zeros(batch, groups, 1, 16, device="cuda")
+    state = State.empty(k, k, k_far, num_features=153, sinks=4, ring=63)
+    verdict = can_decode(decode_module.DecodeState.from_state(state, window=64), heads=heads)
+    assert verdict, verdict.reason

@@ -1,8 +1,8 @@
 """Attention operations of linearize. `reference` holds the definition; fast kernels stand beside it."""
 
-from .dispatch import attention, can_run
+from .dispatch import attention, can_decode, can_run
 from .feature_maps import FEATURE_MAPS
 from .reference import attention_chunked, attention_quadratic
 from .state import State
 
-__all__ = ["FEATURE_MAPS", "State", "attention", "attention_chunked", "attention_quadratic", "can_run"]
+__all__ = ["FEATURE_MAPS", "State", "attention", "attention_chunked", "attention_quadratic", "can_decode", "can_run"]

@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from .feature_maps import Taylor
 from .reference import attention_reference
+from .state import State
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 SHORT = 64  # fewer new tokens after a state: launches are all the time there is, and the reference sums in float32
@@ -28,6 +30,9 @@ class Verdict(NamedTuple):
 
     def __bool__(self) -> bool:
         return self.ok
+
+
+NO_TRITON = Verdict(False, "Triton is not installed")
 
 
 def attention(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_map="taylor", valid=None,
@@ -70,7 +75,7 @@ def can_run(q, k, v, q_far, k_far, gate, **options) -> Verdict:
     The first call of each sort on a device compares kernels and reference there, which takes seconds.
     """
     if importlib.util.find_spec("triton") is None:
-        return Verdict(False, "Triton is not installed")
+        return NO_TRITON
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return Verdict(False, f"the tensors are on {q.device.type}; Triton needs a CUDA GPU")
     if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
@@ -91,12 +96,38 @@ def can_run(q, k, v, q_far, k_far, gate, **options) -> Verdict:
         decay=options.get("log_decay") is not None, backward=needs_grad,
         masked=options.get("valid") is not None or options.get("segments") is not None,
     )  # fmt: skip
+    return _compared(error, allowed, q.device)
+
+
+def can_decode(state, *, heads: int, decay: bool = False) -> Verdict:
+    """Whether `decode` can be trusted with a `DecodeState` of layers of `heads` query heads, with the reason where not.
+
+    The first call of each sort on a device compares the kernel and the reference there, which takes seconds.
+    """
+    from .decode import choose_launch
+    from .self_test import self_test_decode
+
+    batch, groups, splits = state.position.shape
+    device, dtype, head_dim, value_dim = (
+        state.total.device, state.keys.dtype, state.keys.shape[-1], state.values.shape[-1]
+    )  # fmt: skip
+    if not state.total.is_cuda:
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return Verdict(interpreted, "" if interpreted else f"the state is on {device.type}; Triton needs a CUDA GPU")
+    columns = -(-value_dim // splits)
+    launch = choose_launch(batch * groups * splits, state.keys.shape[2], head_dim, columns, heads // groups, dtype)
+    error, allowed = self_test_decode(
+        device, dtype, launch=launch, splits=splits, heads=heads, groups=groups, head_dim=head_dim,
+        value_dim=value_dim, map_dim=state.ring_far.shape[-1], window=state.window, sinks=state.num_sinks, decay=decay,
+    )  # fmt: skip
+    return _compared(error, allowed, device)
+
+
+def _compared(error: float, allowed: float, device) -> Verdict:
     if error <= allowed:
         return Verdict(True, "")
-    name = torch.cuda.get_device_name(q.device)
-    return Verdict(
-        False, f"the self-test on {name} is off by {error:.1e}, relative; {allowed:.1e} is allowed"
-    )
+    name = torch.cuda.get_device_name(device)
+    return Verdict(False, f"the self-test on {name} is off by {error:.1e}, relative; {allowed:.1e} is allowed")
 
 
 def _needs_grad(tensors) -> bool:
@@ -136,4 +167,17 @@ def report(device: str | torch.device = "cuda") -> list[tuple[str, str, str]]:
                 chosen = "triton" if verdict and tensors[0].is_cuda else "reference"
             reason = verdict.reason or "the self-test passed" if tensors[0].is_cuda else verdict.reason
             rows.append((f"{name}, {dtype}".replace("torch.", ""), chosen, reason))
+    rows += [_report_decode(dtype, device) for dtype in (torch.bfloat16, torch.float32)]
     return rows
+
+
+def _report_decode(dtype, device) -> tuple[str, str, str]:
+    name = f"decode, {dtype}".replace("torch.", "")
+    if importlib.util.find_spec("triton") is None:
+        return name, "reference", NO_TRITON.reason
+    from .decode import DecodeState
+
+    k, k_far = torch.zeros(1, 3, 1, 64, device=device, dtype=dtype), torch.zeros(1, 3, 1, 16, device=device)
+    state = State.empty(k, k, k_far, num_features=Taylor.num_features(16), sinks=4, ring=63)
+    verdict = can_decode(DecodeState.from_state(state, window=64), heads=9)
+    return name, "triton" if verdict else "reference", verdict.reason or "the self-test passed"

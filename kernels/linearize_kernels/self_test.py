@@ -37,11 +37,38 @@ def self_test(device, dtype, *, prefill: bool, heads: int, groups: int, far_head
     return max(math.inf if math.isnan(e) else e for e in errors), 1e-4 if dtype == torch.float32 else 1e-2
 
 
-def _draw(device, dtype, heads, groups, far_heads, head_dim, value_dim, map_dim):
+@functools.cache
+def self_test_decode(device, dtype, *, launch, splits: int, heads: int, groups: int, head_dim: int, value_dim: int,
+                     map_dim: int, window: int, sinks: int, decay=False):  # fmt: skip
+    """As `self_test`, of `decode` with the launch and the splits that a layer's state would take.
+
+    One row: a prompt that has filled the window, then tokens enough for two folds.
+    """
+    from .decode import FOLD, DecodeState, decode
+    from .reference import attention_chunked
+
+    prompt, length = window + 100, window + 100 + 2 * FOLD
+    inputs, _ = _draw(device, dtype, heads, groups, groups, head_dim, value_dim, map_dim, length=length)
+    log_decay = inputs.pop("log_decay")
+    log_decay = log_decay if decay else None
+    options = dict(scaling=head_dim**-0.5, log_decay=log_decay)
+    with torch.inference_mode(False), torch.no_grad():
+        exact = {name: x.double() for name, x in inputs.items()}
+        expected, _ = attention_quadratic(**exact, **options, window=window, sinks=sinks)
+        before = {name: x[:, :, :prompt] for name, x in inputs.items()}
+        _, state = attention_chunked(**before, **options, window=window, sinks=sinks, return_state=True)
+        state = DecodeState.from_state(state, window=window, splits=splits)
+        tokens = [{name: x[:, :, t : t + 1] for name, x in inputs.items()} for t in range(prompt, length)]
+        got = torch.cat([decode(**token, state=state, **options, launch=launch) for token in tokens], 2)
+    error = ((got - expected[:, :, prompt:]).norm() / expected[:, :, prompt:].norm()).item()
+    return math.inf if math.isnan(error) else error, 1e-4 if dtype == torch.float32 else 1e-2
+
+
+def _draw(device, dtype, heads, groups, far_heads, head_dim, value_dim, map_dim, length=600):
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(num_heads, *size):
-        return torch.randn(1, num_heads, 600, *size, generator=generator, device=device).to(dtype)
+        return torch.randn(1, num_heads, length, *size, generator=generator, device=device).to(dtype)
 
     inputs = dict(
         q=draw(heads, head_dim), k=draw(groups, head_dim), v=draw(groups, value_dim),
