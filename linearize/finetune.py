@@ -10,11 +10,11 @@ from transformers.pytorch_utils import Conv1D  # a linear layer with its weight 
 
 from .data import model_inputs
 from .errors import RecipeError
-from .modeling_linearized import LinearizedAttentionMixin, linear_attentions
+from .modeling_linearized import LINEARIZED, LinearizedAttentionMixin, linear_attentions, with_linear_context
 from .train import ParameterGroup
 from .variants import teacher
 
-LOSS_CHUNK = 1024  # tokens whose logits are taken to float32 at a time
+LOSS_CHUNK = 1024  # tokens whose logits are in memory at a time
 
 
 def add_lora(model, lora):
@@ -56,7 +56,8 @@ class FinetuneStage:
     order = 1
 
     def __init__(self, model, settings, *, gradient_checkpointing=False):
-        self.model, self.loss = model, settings.loss
+        self.model, self.base, self.loss = model, model.get_base_model(), settings.loss
+        self.head = output_head(self.base)  # None: its logits are made whole
         maps = [p for layer in linear_attentions(model).values() for p in layer.parameters()]
         for parameter in maps:
             parameter.requires_grad_(settings.maps_lr > 0)
@@ -75,16 +76,20 @@ class FinetuneStage:
         inputs = model_inputs(batch)
         labels = batch["labels"][:, 1:]
         self.model.train(backward)
-        reference = self.teacher_logits(inputs) if self.loss.kl else None
-        with torch.set_grad_enabled(backward):
-            with self.autocast(labels.device):
-                logits = self.model(**inputs, use_cache=False).logits[:, :-1]
-            ce, kl = token_losses(logits, labels, reference)
+        reference = self.teacher_states(inputs) if self.loss.kl else None
+        with torch.set_grad_enabled(backward), self.autocast(labels.device):
+            ce, kl = token_losses(self.states(inputs), labels, reference, self.head)
             loss = scale * (self.loss.ce * ce + self.loss.kl * kl)
-            if backward:
-                loss.backward()
+        if backward:
+            loss.backward()
         figures = {"loss": loss.detach(), "ce": scale * ce.detach()}
         return {**figures, "kl": scale * kl.detach()} if self.loss.kl else figures
+
+    def states(self, inputs):
+        """What `head` makes logits of, of the model as it stands: [B, T - 1, hidden], or logits where there is none."""
+        if self.head is None:
+            return self.model(**inputs, use_cache=False).logits[:, :-1]
+        return final_states(self.base, inputs)[:, :-1]
 
     def autocast(self, device):
         """LoRA's float32 weights multiply in the base model's dtype; the maps see to themselves in float32."""
@@ -92,38 +97,61 @@ class FinetuneStage:
         return torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
     @torch.no_grad()
-    def teacher_logits(self, inputs):
-        """[B, T - 1, vocabulary] of the base model: no second copy of it is needed."""
+    def teacher_states(self, inputs):
+        """`states` of the base model: no second copy of it is needed."""
         training = self.model.training
         self.model.eval()
         with teacher(self.model):
-            logits = self.model(**inputs, use_cache=False).logits[:, :-1]
+            states = self.states(inputs)
         self.model.train(training)
-        return logits
+        return states
 
 
-def token_losses(logits, labels, teacher=None):
+def final_states(model, inputs):
+    """[B, T, hidden] that a linearized model, or its teacher, hands to its output head."""
+    if model.config._attn_implementation == LINEARIZED:
+        inputs = {**inputs, **with_linear_context(model, **inputs, use_cache=False)}
+    return model.get_decoder()(**{**inputs, "use_cache": False}).last_hidden_state
+
+
+def output_head(model):
+    """[., hidden] -> logits [., vocabulary] of a model, or None where it does more than is known here."""
+    config, linear = model.config.get_text_config(), model.get_output_embeddings()
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere; Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+
+    def head(states):
+        logits = linear(states) * scale if scale != 1 else linear(states)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    probe = {"input_ids": torch.tensor([[0, 1, 2]], device=linear.weight.device)}
+    with torch.no_grad():
+        wanted, got = model(**probe, use_cache=False).logits, head(final_states(model, probe))
+    return head if torch.allclose(got.float(), wanted.float(), rtol=1e-2, atol=1e-3) else None
+
+
+def token_losses(states, labels, teacher=None, head=None):
     """Sums over tokens with a label: cross-entropy, and KL(teacher ‖ model), in float32, in nats.
 
-    logits, teacher [B, T, vocabulary]; labels [B, T], -100 where there is nothing to predict. Only LOSS_CHUNK tokens'
-    probabilities are in memory at a time; the backward pass computes them again.
+    states, teacher [B, T, size]: what head makes logits [., vocabulary] of (None: they are logits); labels [B, T], -100
+    where there is nothing to predict. Only LOSS_CHUNK tokens' logits are in memory at a time; the backward pass computes them again.
     """
-    flat, wanted = logits.flatten(0, 1), labels.flatten()
-    reference = None if teacher is None else teacher.flatten(0, 1)
-    ce = kl = flat.new_zeros((), dtype=torch.float32)
-    for start in range(0, wanted.shape[0], LOSS_CHUNK):
-        part = slice(start, start + LOSS_CHUNK)
-        args = (flat[part], wanted[part], None if reference is None else reference[part])
-        chunk_ce, chunk_kl = checkpoint(_chunk_losses, *args, use_reentrant=False)
+    head = head or torch.nn.Identity()
+    parts, wanted = states.flatten(0, 1).split(LOSS_CHUNK), labels.flatten().split(LOSS_CHUNK)
+    references = [None] * len(parts) if teacher is None else teacher.flatten(0, 1).split(LOSS_CHUNK)
+    ce = kl = states.new_zeros((), dtype=torch.float32)
+    for part in zip(parts, wanted, references, strict=True):
+        chunk_ce, chunk_kl = checkpoint(_chunk_losses, *part, head, use_reentrant=False)
         ce, kl = ce + chunk_ce, kl + chunk_kl
     return ce, kl
 
 
-def _chunk_losses(logits, labels, teacher):
-    log_p = logits.float().log_softmax(-1)
-    seen = labels != -100
+def _chunk_losses(states, labels, teacher, head):
+    log_p = head(states).float().log_softmax(-1)
     ce = torch.nn.functional.nll_loss(log_p, labels, ignore_index=-100, reduction="sum")
     if teacher is None:
         return ce, ce.new_zeros(())
-    log_t = teacher.float().log_softmax(-1)
-    return ce, ((log_t.exp() * (log_t - log_p)).sum(-1) * seen).sum()
+    with torch.no_grad():
+        log_t = head(teacher).float().log_softmax(-1)
+    kl = torch.nn.functional.kl_div(log_p, log_t, reduction="none", log_target=True).sum(-1)
+    return ce, (kl * (labels != -100)).sum()

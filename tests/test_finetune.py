@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from pico import attention, logits_of, make_model, make_tokens, randomise, relative_error
+from pico import ARCHITECTURES, attention, logits_of, make_model, make_tokens, randomise, relative_error
 from test_train import LENGTH, make_data, make_loop, run_train
 
 from linearize.architecture import linearize_
@@ -127,11 +127,24 @@ def test_the_stage_weighs_ce_and_kl_of_the_models_logits():
     )
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_losses_from_parts_of_the_states_are_those_of_whole_logits(name, monkeypatch):
+    """No architecture needs its [T, vocabulary] logits whole; scaled and capped ones (Granite, Cohere, Gemma 2) too."""
+    monkeypatch.setattr("linearize.finetune.LOSS_CHUNK", 7)
+    target = {"phi": "dense", "gpt2": "c_proj", "gpt_neox": "dense", "opt": "out_proj"}.get(name, "o_proj")
+    stage, batch = make_stage(make_settings(ce=1.0, kl=1.0, targets=[target]), name=name, lora_noise=0.1), make_batch()
+    assert stage.head is not None
+    split = stage.run(batch, scale=0.1, backward=False)
+    monkeypatch.setattr(stage, "head", None)
+    whole = stage.run(batch, scale=0.1, backward=False)
+    assert {n: v.item() for n, v in split.items()} == pytest.approx({n: v.item() for n, v in whole.items()}, rel=1e-4)
+
+
 def test_the_teacher_inside_is_the_original_model_also_after_training(tmp_path):
     tokens = make_batch()["input_ids"]
     original = logits_of(make_model(), tokens)[:, :-1]
     stage = make_stage(make_settings(kl=1.0), lora_noise=0.1)
-    assert torch.equal(stage.teacher_logits({"input_ids": tokens}), original)
+    assert torch.equal(stage.head(stage.teacher_states({"input_ids": tokens})), original)
     before = [p.clone() for group in stage.groups for p in group.parameters]
     result = run_train(stage, tmp_path, settings=make_settings(kl=1.0))
     assert result.num_steps == 3
@@ -139,7 +152,7 @@ def test_the_teacher_inside_is_the_original_model_also_after_training(tmp_path):
     assert not any(torch.equal(p, b) for p, b in zip(trained, before, strict=True))
     for parameter, value in zip((p for g in stage.groups for p in g.parameters), trained, strict=True):
         parameter.data.copy_(value)
-    assert torch.equal(stage.teacher_logits({"input_ids": tokens}), original)
+    assert torch.equal(stage.head(stage.teacher_states({"input_ids": tokens})), original)
     assert all(p.requires_grad for g in stage.groups for p in g.parameters), "switching adapters froze nothing"
 
 
