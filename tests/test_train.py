@@ -145,6 +145,21 @@ def test_micro_batches_change_no_figure_and_no_gradient(tmp_path, packing):
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_step_waits_once_and_reads_each_sequence_once(tmp_path, monkeypatch):
+    """Numbers are read off the device in one copy, and the tokens of a step once, whatever the micro-batches."""
+    data, read, waits = make_data(), [], []
+    batch, tolist = PackedSequences.batch, torch.Tensor.tolist
+    loop = make_loop(make_match(), tmp_path, data=data, micro_batch=2)
+    bar = loop.log.progress("match", start=0, total=1)
+    monkeypatch.setattr(PackedSequences, "batch", lambda self, i: read.extend(i) or batch(self, i))
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waits.append("tolist") or tolist(self))
+    for name in ("item", "__float__", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, name=name: pytest.fail(f"waits by {name}"))
+    monkeypatch.setattr(loop.optimizer, "step", lambda: None)  # AdamW keeps its step count on the CPU, and reads it
+    loop.train_step(bar)
+    assert len(read) == len(set(read)) == 4 and waits == ["tolist"]
+
+
 def test_each_layer_is_clipped_alone(tmp_path):
     stage = make_match()
     loop = make_loop(stage, tmp_path, settings=settings_of(clip=0.5))
@@ -152,9 +167,9 @@ def test_each_layer_is_clipped_alone(tmp_path):
         for parameter in group.parameters:
             parameter.grad = torch.full_like(parameter, size)
     before = [p.grad.clone() for p in stage.groups[1].parameters]
-    norms = loop.clip({"loss": 1.0})
+    _, norms = loop.clip({"loss": torch.tensor(1.0)})
     total = torch.cat([p.grad.flatten() for p in stage.groups[0].parameters]).norm().item()
-    assert total == pytest.approx(0.5, rel=1e-4) and norms["layer 0"] > 1000
+    assert total == pytest.approx(0.5, rel=1e-4) and norms["gradient of layer 0"] > 1000
     assert all(torch.equal(p.grad, b) for p, b in zip(stage.groups[1].parameters, before, strict=True))
 
 
