@@ -19,6 +19,7 @@ import torch
 from .data import PackedSequences, TokenData, batch_indices
 from .errors import TrainingError
 from .run_log import RunLog
+from .variants import dropped_window
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Stage(Protocol):
     """What the loop needs of a stage."""
 
     name: str
+    model: torch.nn.Module
     order: int  # added to the run's seed, so that stages take the sequences in different orders
     groups: list[ParameterGroup]
 
@@ -131,7 +133,7 @@ class _Loop:
         )  # fmt: skip
 
     def seed_dropout(self) -> None:
-        """Random numbers of a step follow from its number, on every device and process."""
+        """Random numbers of a step (dropout's, the window's) follow from its number, on every device and process."""
         entropy = [self.run.seed, self.stage.order, self.step, self.accelerator.process_index]
         torch.manual_seed(int(numpy.random.SeedSequence(entropy).generate_state(1)[0]))
 
@@ -142,6 +144,10 @@ class _Loop:
             return (self.step + 1) / warmup
         progress = (self.step - warmup) / max(1, self.num_steps - warmup)
         return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def window_dropout(self) -> float:
+        """Chance of a shorter window in a micro-batch: from the recipe's, linearly to 0 at the end of training."""
+        return self.settings.window_dropout * (1 - self.step / self.num_steps)
 
     def run_batches(self, sequences: PackedSequences, indices: list[int], *, backward: bool) -> dict[str, float]:
         """`sum_batches` as numbers."""
@@ -158,7 +164,8 @@ class _Loop:
         batches = [{name: t.to(self.accelerator.device) for name, t in batch.items()} for batch in batches]
         names, total = [], 0
         for batch in batches:
-            figures = self.stage.run(batch, scale=1 / max(terms, 1), backward=backward)
+            with dropped_window(self.stage.model, self.window_dropout() if backward else 0):
+                figures = self.stage.run(batch, scale=1 / max(terms, 1), backward=backward)
             names, total = list(figures), total + torch.stack([v.detach().double() for v in figures.values()])
         totals = dict(zip(names, total, strict=True)) if names else {}
         return self._sum_over_processes(totals) if self.accelerator.num_processes > 1 else totals

@@ -5,6 +5,8 @@ Each is a context manager; on leaving, the model is as before.
 
 from contextlib import ExitStack, contextmanager
 
+import torch
+
 from .modeling_linearized import LINEARIZED, TEACHER, attention_modules, linear_attentions
 
 
@@ -34,6 +36,20 @@ def ablated_attention(model, *, far=True, window=None, sinks=None):
     finally:
         for layer, (far_enabled, old_window, old_sinks) in zip(layers, before, strict=True):
             layer.far_enabled, layer.window, layer.sinks = far_enabled, old_window, old_sinks
+
+
+@contextmanager
+def dropped_window(model, p: float):
+    """With probability p, a window of a half, a quarter or an eighth (1 at least) in every converted layer.
+
+    Drawn from torch's default generator, on the CPU. Only these lengths, as each has kernels of its own to compile.
+    """
+    with ExitStack() as stack:
+        if p > 0 and torch.rand(()) < p:
+            window = next(iter(linear_attentions(model).values())).window
+            shorter = max(1, window >> int(torch.randint(1, 4, ())))
+            stack.enter_context(ablated_attention(model, window=shorter))
+        yield model
 
 
 @contextmanager
