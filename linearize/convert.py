@@ -39,15 +39,17 @@ RANK_ROWS = 8  # of held-out text, on which a choice of layers is made
 WAIT = timedelta(days=7)  # the other processes wait while the main one tokenises, measures and writes
 
 
-def convert(recipe: Recipe, *, force: bool = False) -> Path:
+def convert(recipe: Recipe, *, force: bool = False, tokens: Path | None = None) -> Path:
     """Runs a recipe and returns the folder of the finished model.
+
+    tokens: a folder in which tokenised text is kept, for several conversions to share; by default this one's own.
 
     Work in progress is kept in `<output folder>.work`; the same call resumes it, and `force` starts over. Raises a
     LinearizeError for whatever is the user's to mend.
     """
     folder, started = recipe.output_folder, time.monotonic()
     check_free(folder, force=force)
-    run = _start(recipe, force=force)
+    run = _start(recipe, force=force, tokens=tokens)
     accelerator, log = run.accelerator, run.log
     log.trackers = _trackers(recipe, accelerator)
     run.match()
@@ -84,7 +86,7 @@ def rank_layers(recipe: Recipe, *, force: bool = False) -> Path:
     return folder
 
 
-def _start(recipe: Recipe, *, force: bool) -> "_Run":
+def _start(recipe: Recipe, *, force: bool, tokens: Path | None = None) -> "_Run":
     """Opens the work folder and prepares the run: model converted and calibrated, text read."""
     accelerator = _accelerator(recipe)
     work = recipe.output_folder.with_name(recipe.output_folder.name + ".work")
@@ -92,7 +94,7 @@ def _start(recipe: Recipe, *, force: bool) -> "_Run":
         if accelerator.is_main_process:
             open_work(work, recipe, force=force)
     log = RunLog(work / "log.jsonl", enabled=accelerator.is_main_process)
-    run = _Run(recipe, accelerator, work, log)
+    run = _Run(recipe, accelerator, work, log, tokens=tokens or work / "tokens")
     try:
         run.prepare()
     except LinearizeError:
@@ -106,8 +108,8 @@ def _start(recipe: Recipe, *, force: bool) -> "_Run":
 class _Run:
     """The state of one conversion between its stages."""
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, work: Path, log: RunLog):
-        self.recipe, self.accelerator, self.work, self.log = recipe, accelerator, work, log
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, work: Path, log: RunLog, *, tokens: Path):
+        self.recipe, self.accelerator, self.work, self.log, self.tokens = recipe, accelerator, work, log, tokens
         self.results = []
 
     def prepare(self) -> None:
@@ -129,7 +131,7 @@ class _Run:
         recipe = self.recipe
         tokens = recipe.match.tokens + recipe.finetune.tokens
         wanted = max(1, recipe.calibrate.sequences, -(-tokens // recipe.data.sequence_length))
-        return build_token_data(recipe.data, self.tokenizer, num_train_sequences=wanted, cache_dir=self.work / "tokens")
+        return build_token_data(recipe.data, self.tokenizer, num_train_sequences=wanted, cache_dir=self.tokens)
 
     def _read_text(self) -> tuple[str, torch.Tensor] | None:
         """evaluate.text, its name and its rows: read at the start, so that a wrong path costs no hours of training."""

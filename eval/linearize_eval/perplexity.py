@@ -144,6 +144,7 @@ def variants_nll_and_kl(
                 if name == reference:
                     reference_logits = logits
                 nll, kl = nll_and_kl(logits, batch, reference_logits)
+                del logits  # before the next variant makes its own
                 parts[name].append((nll.cpu(), None if kl is None else kl.cpu()))
                 on_batch()
     joined = {}

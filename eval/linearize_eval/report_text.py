@@ -245,9 +245,7 @@ def print_report(report: dict, *, console: Console | None = None) -> None:
             if any(column.group == group for column in columns)
         ]
     for table in tables:
-        if _narrowest(console, table) > console.width:
-            table.width = _narrowest(console, table)  # a figure cut short is worse than a line too long
-        console.print(table, crop=False, no_wrap=True, overflow="ignore")
+        print_unbroken(table, console)
     console.print(Text(legend(report), style="dim"))
     if rows := task_rows(report):
         console.print(_task_table(rows))
@@ -257,6 +255,13 @@ def print_report(report: dict, *, console: Console | None = None) -> None:
     styles = {"good": "green", "bad": "bold red", "open": "yellow"}
     for verdict in verdicts(report):
         console.print(Text(verdict.text, style=styles[verdict.kind]))
+
+
+def print_unbroken(table: Table, console: Console) -> None:
+    """Prints the table as wide as it needs: a figure cut short is worse than a line too long."""
+    if _narrowest(console, table) > console.width:
+        table.width = _narrowest(console, table)
+    console.print(table, crop=False, no_wrap=True, overflow="ignore")
 
 
 def _narrowest(console: Console, table: Table) -> int:
