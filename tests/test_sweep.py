@@ -152,6 +152,9 @@ def test_a_failed_variant_is_reported_and_the_others_go_on(tmp_path, inputs, cap
     assert "RecipeError" in failed["error"] and failed["perplexity"] == ""
     assert float(good["perplexity"]) > 1 and good["attention.keep_softmax.layers"] == "[1]"
     assert list((folder / "attention.keep_softmax.layers=[1]").glob("*.safetensors")), "--keep-models"
+    report = load_report(folder / "attention.keep_softmax.layers=[1]")
+    state = {row["length"]: row["state_bytes"] for row in report["memory"]["curve"]}
+    assert int(good["state_bytes_4k"]) == state[4096] > state[1024], "one layer's cache grows"
     assert "[1]" in printed.out and "RecipeError" in printed.out
     assert cli.main([*command[:-1]]) == 2
     assert "done before" in capsys.readouterr().out
