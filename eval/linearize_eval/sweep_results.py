@@ -7,8 +7,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.console import Console
 from rich.text import Text
 
@@ -119,37 +121,49 @@ def draw_results(records: Sequence[dict], path: Path) -> bool:
     """Copy recall against the state of one sequence, a style a distance, to the PNG file `path`; False if no point."""
     done = [record for record in records if record["figures"]]
     distances = dict.fromkeys(name for record in done for name in record["figures"] if name.startswith("copy@"))
-    figure = Figure(figsize=(9, 6), layout="constrained", dpi=130)
+    figure = Figure(figsize=(10, 6.5), layout="constrained", dpi=130)
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    drawn = False
+    axes, states = figure.subplots(), set()
     for name, (colour, _), marker in zip(distances, STYLES, "osD^vPX", strict=False):
-        points = [(r["figures"]["state_bytes_4k"] / 2**20, r["figures"].get(name), label_of(r)) for r in done]
-        points = [point for point in points if point[1] is not None]
-        if not points:
-            continue
-        drawn = True
-        xs, ys, labels = zip(*points, strict=True)
-        axes.plot(xs, ys, color=colour, marker=marker, linestyle="", label=f"{name.replace('@', ' at distance ')}")
-        for x, y, label in zip(xs, ys, labels, strict=True):
-            axes.annotate(label, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7, color=colour)
+        points = [(r["figures"]["state_bytes_4k"], r["figures"].get(name), label_of(r)) for r in done]
+        for state, value, label in points:
+            if value is not None:
+                states.add(state)
+                axes.plot(state, value, color=colour, marker=marker, linestyle="")
+                place = {"xytext": (6, 3), "textcoords": "offset points"}
+                axes.annotate(label, (state, value), fontsize=7, color=colour, **place)
+        axes.plot([], [], color=colour, marker=marker, linestyle="--", label=name.replace("@", " at distance "))
         teacher = done[0]["figures"]["teacher"].get(name)
         if teacher is not None:
             axes.axhline(teacher, color=colour, linestyle="--", linewidth=1)
-    axes.set_xscale("log", base=2)
+    if states:
+        _dress(axes, sorted(states))
+        figure.legend(loc="outside lower left", ncols=4, frameon=False)
+        figure.savefig(path)
+    return bool(states)
+
+
+def _dress(axes: Axes, states: Sequence[int]) -> None:
+    """Logarithmic axes with the states themselves as marks, those left out that would be written over another."""
+    axes.set_xscale("log")
     axes.set_yscale("log")
+    spread = max(states) / min(states)
+    marks = []
+    for state in states:
+        if not marks or state / marks[-1] > spread**0.08:
+            marks.append(state)
+    axes.set_xticks(marks, [write_bytes(state) for state in marks])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.15)
     axes.grid(alpha=0.25)
     axes.set(
         title="Copy recall against memory (lower left is better; dashed: the teacher)",
-        xlabel=f"state of one sequence at {STATE_LENGTH} tokens (MiB)",
+        xlabel=f"state of one sequence at {STATE_LENGTH} tokens",
         ylabel="perplexity of a repeated passage",
     )
-    if drawn:
-        axes.legend(frameon=False)
-        figure.savefig(path)
-    return drawn
 
 
 def label_of(record: dict) -> str:
