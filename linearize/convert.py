@@ -6,7 +6,7 @@ The one place where the stages meet.
 import os
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -39,10 +39,24 @@ RANK_ROWS = 8  # of held-out text, on which a choice of layers is made
 WAIT = timedelta(days=7)  # the other processes wait while the main one tokenises, measures and writes
 
 
-def convert(recipe: Recipe, *, force: bool = False, tokens: Path | None = None) -> Path:
+@dataclass(frozen=True)
+class SharedTokens:
+    """Where several conversions keep their tokenised text, and how many training sequences the longest needs."""
+
+    folder: Path
+    num_sequences: int
+
+
+def sequences_needed(recipe: Recipe) -> int:
+    """Training sequences that calibration and training read, repetitions aside."""
+    tokens = recipe.match.tokens + recipe.finetune.tokens
+    return max(1, recipe.calibrate.sequences, -(-tokens // recipe.data.sequence_length))
+
+
+def convert(recipe: Recipe, *, force: bool = False, tokens: SharedTokens | None = None) -> Path:
     """Runs a recipe and returns the folder of the finished model.
 
-    tokens: a folder in which tokenised text is kept, for several conversions to share; by default this one's own.
+    tokens: where tokenised text is kept for several conversions; by default it is this one's own.
 
     Work in progress is kept in `<output folder>.work`; the same call resumes it, and `force` starts over. Raises a
     LinearizeError for whatever is the user's to mend.
@@ -86,7 +100,7 @@ def rank_layers(recipe: Recipe, *, force: bool = False) -> Path:
     return folder
 
 
-def _start(recipe: Recipe, *, force: bool, tokens: Path | None = None) -> "_Run":
+def _start(recipe: Recipe, *, force: bool, tokens: SharedTokens | None = None) -> "_Run":
     """Opens the work folder and prepares the run: model converted and calibrated, text read."""
     accelerator = _accelerator(recipe)
     work = recipe.output_folder.with_name(recipe.output_folder.name + ".work")
@@ -94,7 +108,7 @@ def _start(recipe: Recipe, *, force: bool, tokens: Path | None = None) -> "_Run"
         if accelerator.is_main_process:
             open_work(work, recipe, force=force)
     log = RunLog(work / "log.jsonl", enabled=accelerator.is_main_process)
-    run = _Run(recipe, accelerator, work, log, tokens=tokens or work / "tokens")
+    run = _Run(recipe, accelerator, work, log, tokens=tokens or SharedTokens(work / "tokens", 0))
     try:
         run.prepare()
     except LinearizeError:
@@ -108,7 +122,7 @@ def _start(recipe: Recipe, *, force: bool, tokens: Path | None = None) -> "_Run"
 class _Run:
     """The state of one conversion between its stages."""
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, work: Path, log: RunLog, *, tokens: Path):
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, work: Path, log: RunLog, *, tokens: SharedTokens):
         self.recipe, self.accelerator, self.work, self.log, self.tokens = recipe, accelerator, work, log, tokens
         self.results = []
 
@@ -128,10 +142,10 @@ class _Run:
         self._calibrate()
 
     def _read_data(self) -> TokenData:
-        recipe = self.recipe
-        tokens = recipe.match.tokens + recipe.finetune.tokens
-        wanted = max(1, recipe.calibrate.sequences, -(-tokens // recipe.data.sequence_length))
-        return build_token_data(recipe.data, self.tokenizer, num_train_sequences=wanted, cache_dir=self.tokens)
+        return build_token_data(
+            self.recipe.data, self.tokenizer, num_train_sequences=sequences_needed(self.recipe),
+            cache_dir=self.tokens.folder, num_cached=self.tokens.num_sequences,
+        )  # fmt: skip
 
     def _read_text(self) -> tuple[str, torch.Tensor] | None:
         """evaluate.text, its name and its rows: read at the start, so that a wrong path costs no hours of training."""

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from test_export import REPORT, SHORT, save_model, save_recipe, save_text
+from test_export import REPORT, SHORT, save_model, save_recipe, save_text, steps_of
 
 from linearize import cli, data
+from linearize.convert import convert
 from linearize.errors import LinearizeError, RecipeError
+from linearize.recipe import load_recipe
 from linearize_eval import sweep as sweep_module
 from linearize_eval.report import load_report
 from linearize_eval.sweep import plan_sweep, sweep, variant_name
 from linearize_eval.sweep_results import draw_results, figures_of
 
+TOKENS_GRID = ["match.tokens=384,768"]
 GRID = ["attention.feature_map.dim=2,4", "match.lr=1e-3,1e-2"]
 TINY = {**SHORT, **REPORT, "finetune.tokens": 0, "evaluate.recall_distances": [12, 20]}
 
@@ -81,7 +84,7 @@ def swept(tmp_path_factory, inputs):
     """The folder of a sweep that was interrupted in its third variant; how often text was tokenised; what was done."""
     folder = tmp_path_factory.mktemp("swept")
     recipe = str(save_recipe(folder, *inputs, **TINY))
-    tokenised, converted, write, convert = [], [], data._write_tokens, sweep_module.convert
+    tokenised, converted, write = [], [], data._write_tokens
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "_write_tokens", lambda *args: (tokenised.append(1), write(*args)))
 
@@ -109,6 +112,18 @@ def test_an_interrupted_sweep_goes_on_and_tokenises_once(swept):
     for name in names:
         kept = sorted(path.name for path in (folder / name).iterdir())
         assert kept == ["log.jsonl", "recipe.yaml", "report.json", "report.png"]
+
+
+def test_variants_that_train_on_more_or_less_share_one_tokenisation(tmp_path, inputs, monkeypatch):
+    tokenised, write = [], data._write_tokens
+    monkeypatch.setattr(data, "_write_tokens", lambda *args: (tokenised.append(args[3]["train"]), write(*args)))
+    recipe = save_recipe(tmp_path, *inputs, **TINY)
+    folder = sweep(str(recipe), grid=TOKENS_GRID)
+    assert tokenised == [16], "768 tokens in sequences of 48"
+    alone = convert(load_recipe(recipe))  # 384
+    assert tokenised == [16, 8]
+    assert steps_of(folder / "match.tokens=384" / "log.jsonl") == steps_of(alone / "log.jsonl") != {}
+    assert float(rows_of(folder)[0]["perplexity"]) == load_report(alone)["variants"][1]["perplexity"]
 
 
 def test_results_are_those_of_the_reports(swept):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from linearize.convert import convert
+from linearize.convert import SharedTokens, convert, sequences_needed
 from linearize.errors import LinearizeError, RecipeError, TrainingError
 from linearize.recipe import Recipe, load_recipe
 from linearize.work_folder import settings_of
@@ -51,12 +51,13 @@ def sweep(source: str, *, grid: Sequence[str], overrides: Sequence[str] = (), ke
     folder = base.output_folder.with_name(base.output_folder.name + ".sweep")
     variants = plan_sweep(source, folder, grid=grid, overrides=overrides)
     _open(folder, base)
+    shared = SharedTokens(folder / "tokens", max(sequences_needed(variant.recipe) for variant in variants))
     for number, variant in enumerate(variants, 1):
         print(f"\n[{number}/{len(variants)}] {variant.name}", flush=True)
         if _read(folder / f"{variant.name}.json").get("figures"):
             print("done before")
         else:
-            _convert(variant, folder, keep_models=keep_models)
+            _convert(variant, folder, shared, keep_models=keep_models)
         write_results(folder, base, _records(folder, variants))
     records = _records(folder, variants)
     show_results(folder, base, records)
@@ -64,7 +65,7 @@ def sweep(source: str, *, grid: Sequence[str], overrides: Sequence[str] = (), ke
     if failed:
         lines = [f"  {name}: {error}" for name, error in failed.items()]
         raise LinearizeError("\n".join([f"{len(failed)} of {len(variants)} variants failed:", *lines]))
-    shutil.rmtree(folder / "tokens", ignore_errors=True)
+    shutil.rmtree(shared.folder, ignore_errors=True)
     return folder
 
 
@@ -142,7 +143,7 @@ def _open(folder: Path, base: Recipe) -> None:
     _write(path, now)
 
 
-def _convert(variant: Variant, folder: Path, *, keep_models: bool) -> None:
+def _convert(variant: Variant, folder: Path, shared: SharedTokens, *, keep_models: bool) -> None:
     """Converts one variant and writes down what came of it, an error too. Minutes add up over interruptions."""
     path, target, started = folder / f"{variant.name}.json", variant.recipe.output_folder, time.monotonic()
     record = {"grid": variant.grid, "minutes": _read(path).get("minutes", 0.0), "error": None, "figures": None}
@@ -150,7 +151,7 @@ def _convert(variant: Variant, folder: Path, *, keep_models: bool) -> None:
         torch.cuda.reset_peak_memory_stats()  # the report says what this variant took
     try:
         if not (target / "report.json").exists():  # else it was stopped after its last step
-            convert(variant.recipe, tokens=folder / "tokens")
+            convert(variant.recipe, tokens=shared)
         figures = figures_of(load_report(target))
         if not keep_models:
             _drop_models(target)
