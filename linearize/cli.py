@@ -1,4 +1,4 @@
-"""The command line: `linearize convert | rank-layers | generate | eval | process | bench | report | doctor | recipes`.
+"""The command line: `linearize convert | rank-layers | sweep | generate | eval | process | bench | ...`.
 
 Only parses and prints; each verb imports what it needs when it runs, so `--help` answers at once. A setting
 of the recipe never becomes an option here: `--set` reaches all of them.
@@ -38,6 +38,12 @@ examples:
   linearize rank-layers my.yaml
   linearize rank-layers my.yaml --set attention.keep_softmax.unit=kv_head --set attention.keep_softmax.count=12
 calibrates and matches as `convert` would, resuming what is there, and `convert` then goes on from it
+"""
+_SWEEP_EPILOG = """\
+examples:
+  linearize sweep my.yaml --grid attention.feature_map.dim=8,16,24 --grid finetune.lr=1e-3,2e-3
+  linearize sweep quickstart --grid 'attention.keep_softmax.layers=[],[0],[0, 1]' --set match.tokens=1M
+the same command again goes on; runs/NAME.sweep/ gets results.csv, results.png and a folder a variant
 """
 _GENERATE_EPILOG = """\
 examples:
@@ -103,12 +109,13 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_convert(verbs)
     _add_rank_layers(verbs)
+    _add_sweep(verbs)
     _add_generate(verbs)
     _add_eval(verbs)
     _add_process(verbs)
     _add_bench(verbs)
-    report = _verb(verbs, "report", _report, "show the report card of a converted model")
-    report.add_argument("folder", metavar="DIR", help="a converted model")
+    report = _verb(verbs, "report", _report, "show the report card of a converted model, or several side by side")
+    report.add_argument("folders", nargs="+", metavar="DIR", help="a converted model")
     doctor = _verb(verbs, "doctor", _doctor, "say what this machine has and which kernels it runs")
     doctor.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     _add_recipes(verbs)
@@ -139,18 +146,18 @@ def _add_rank_layers(verbs) -> None:
     parser.add_argument("--force", action="store_true", help="start over, without what was matched before")
 
 
+def _add_sweep(verbs) -> None:
+    parser = _verb(verbs, "sweep", _sweep, "convert by every combination of some settings", _SWEEP_EPILOG)
+    _add_recipe(parser)
+    about = "values of a setting; several grids are multiplied"
+    parser.add_argument("--grid", action="append", required=True, metavar="K=V,V", help=about)
+    parser.add_argument("--keep-models", action="store_true", help="keep the variants' weights too")
+
+
 def _add_recipe(parser) -> None:
-    parser.add_argument(
-        "source", metavar="RECIPE_OR_MODEL", help="a .yaml file, a shipped recipe's name or a model"
-    )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="K=V",
-        help="change a setting of the recipe",
-    )
+    parser.add_argument("source", metavar="RECIPE_OR_MODEL", help="a .yaml file, a shipped recipe's name or a model")
+    about = "change a setting of the recipe"
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="K=V", help=about)
     parser.set_defaults(if_interrupted="; give the same command again to resume")
 
 
@@ -274,26 +281,19 @@ def _rank_layers(args: argparse.Namespace) -> None:
     rank_layers(recipe, force=args.force)
 
 
+def _sweep(args: argparse.Namespace) -> None:
+    from linearize_eval.sweep import sweep
+
+    sweep(args.source, grid=args.grid, overrides=args.overrides, keep_models=args.keep_models)
+
+
 def _generate(args: argparse.Namespace) -> None:
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompts]
     from linearize.generation import generate_text
 
-    generate_text(
-        args.folder,
-        prompts=prompts,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        stop=args.stop,
-        chat=args.chat,
-        seed=args.seed,
-        device=args.device,
-        state=args.state,
-        save_state=args.save_state,
-    )
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "chat", "seed")
+    options = {name: getattr(args, name) for name in (*names, "device", "state", "save_state")}
+    generate_text(args.folder, prompts=prompts, **options)
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -302,16 +302,8 @@ def _eval(args: argparse.Namespace) -> None:
         raise LinearizeError(f"--output {args.output}: no folder {args.output.parent}; create it first")
     from linearize_eval.harness import evaluate_folder, format_results
 
-    results = evaluate_folder(
-        args.folder,
-        tasks=args.tasks,
-        include_path=args.include_path,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=args.dtype,
-        num_fewshot=args.num_fewshot,
-    )
+    names = ("tasks", "include_path", "limit", "batch_size", "device", "dtype", "num_fewshot")
+    results = evaluate_folder(args.folder, **{name: getattr(args, name) for name in names})
     if args.output:
         args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(format_results(results))
@@ -341,9 +333,16 @@ def _bench_generation(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from linearize_eval.report import load_report
-    from linearize_eval.report_text import print_report
 
-    print_report(load_report(args.folder))
+    reports = [load_report(folder) for folder in args.folders]
+    if len(reports) == 1:
+        from linearize_eval.report_text import print_report
+
+        print_report(reports[0])
+    else:
+        from linearize_eval.comparison import names_of, print_comparison
+
+        print_comparison(dict(zip(names_of(args.folders), reports, strict=True)))
 
 
 def _doctor(args: argparse.Namespace) -> None:

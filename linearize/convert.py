@@ -6,8 +6,7 @@ The one place where the stages meet.
 import os
 import shutil
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,8 +29,9 @@ from .modeling_linearized import linear_attentions
 from .plan import plan as plan
 from .recipe import Recipe, to_yaml
 from .run_log import RunLog, peak_memory_bytes
+from .text_rows import read_text_rows
 from .train import train
-from .variants import ablated_attention, adapters_off, equal_window, teacher
+from .variants import report_variants
 from .work_folder import open_work
 
 REPORT_FILES = ("report.json", "report.png")
@@ -39,15 +39,31 @@ RANK_ROWS = 8  # of held-out text, on which a choice of layers is made
 WAIT = timedelta(days=7)  # the other processes wait while the main one tokenises, measures and writes
 
 
-def convert(recipe: Recipe, *, force: bool = False) -> Path:
+@dataclass(frozen=True)
+class SharedTokens:
+    """Where several conversions keep their tokenised text, and how many training sequences the longest needs."""
+
+    folder: Path
+    num_sequences: int
+
+
+def sequences_needed(recipe: Recipe) -> int:
+    """Training sequences that calibration and training read, repetitions aside."""
+    tokens = recipe.match.tokens + recipe.finetune.tokens
+    return max(1, recipe.calibrate.sequences, -(-tokens // recipe.data.sequence_length))
+
+
+def convert(recipe: Recipe, *, force: bool = False, tokens: SharedTokens | None = None) -> Path:
     """Runs a recipe and returns the folder of the finished model.
+
+    tokens: where tokenised text is kept for several conversions; by default it is this one's own.
 
     Work in progress is kept in `<output folder>.work`; the same call resumes it, and `force` starts over. Raises a
     LinearizeError for whatever is the user's to mend.
     """
     folder, started = recipe.output_folder, time.monotonic()
     check_free(folder, force=force)
-    run = _start(recipe, force=force)
+    run = _start(recipe, force=force, tokens=tokens)
     accelerator, log = run.accelerator, run.log
     log.trackers = _trackers(recipe, accelerator)
     run.match()
@@ -84,7 +100,7 @@ def rank_layers(recipe: Recipe, *, force: bool = False) -> Path:
     return folder
 
 
-def _start(recipe: Recipe, *, force: bool) -> "_Run":
+def _start(recipe: Recipe, *, force: bool, tokens: SharedTokens | None = None) -> "_Run":
     """Opens the work folder and prepares the run: model converted and calibrated, text read."""
     accelerator = _accelerator(recipe)
     work = recipe.output_folder.with_name(recipe.output_folder.name + ".work")
@@ -92,7 +108,7 @@ def _start(recipe: Recipe, *, force: bool) -> "_Run":
         if accelerator.is_main_process:
             open_work(work, recipe, force=force)
     log = RunLog(work / "log.jsonl", enabled=accelerator.is_main_process)
-    run = _Run(recipe, accelerator, work, log)
+    run = _Run(recipe, accelerator, work, log, tokens=tokens or SharedTokens(work / "tokens", 0))
     try:
         run.prepare()
     except LinearizeError:
@@ -106,8 +122,8 @@ def _start(recipe: Recipe, *, force: bool) -> "_Run":
 class _Run:
     """The state of one conversion between its stages."""
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, work: Path, log: RunLog):
-        self.recipe, self.accelerator, self.work, self.log = recipe, accelerator, work, log
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, work: Path, log: RunLog, *, tokens: SharedTokens):
+        self.recipe, self.accelerator, self.work, self.log, self.tokens = recipe, accelerator, work, log, tokens
         self.results = []
 
     def prepare(self) -> None:
@@ -121,14 +137,25 @@ class _Run:
             projection_names(self.model, recipe.finetune.lora.targets)  # a wrong name is an error now, not later
         with self.accelerator.main_process_first():
             self.data = self._read_data()
+        self.text = self._read_text()
         self.log.say(f"text: {self.data.description}")
         self._calibrate()
 
     def _read_data(self) -> TokenData:
-        recipe = self.recipe
-        tokens = recipe.match.tokens + recipe.finetune.tokens
-        wanted = max(1, recipe.calibrate.sequences, -(-tokens // recipe.data.sequence_length))
-        return build_token_data(recipe.data, self.tokenizer, num_train_sequences=wanted, cache_dir=self.work / "tokens")
+        return build_token_data(
+            self.recipe.data, self.tokenizer, num_train_sequences=sequences_needed(self.recipe),
+            cache_dir=self.tokens.folder, num_cached=self.tokens.num_sequences,
+        )  # fmt: skip
+
+    def _read_text(self) -> tuple[str, torch.Tensor] | None:
+        """evaluate.text, its name and its rows: read at the start, so that a wrong path costs no hours of training."""
+        settings = self.recipe.evaluate
+        if settings.text is None:
+            return None
+        rows = read_text_rows(
+            settings.text, self.tokenizer, length=settings.sequence_length, count=4 * settings.sequences
+        )
+        return Path(settings.text).name, rows
 
     def _calibrate(self) -> None:
         path, count = self.work / "calibrated.safetensors", self.recipe.calibrate.sequences
@@ -248,11 +275,12 @@ class _Run:
         folder = self.work / "report"
         if not folder.exists():
             self.model.eval()
-            variants, notes = self._variants()
+            variants, notes = report_variants(self.model, sinks=self.recipe.attention.sinks)
             report = measure_report(
                 self.model, self.tokenizer, variants=variants, notes=notes, rows=self._held_out_rows(),
                 window=self.recipe.attention.window, recall_distances=settings.recall_distances,
                 key_recall_samples=settings.key_recall_samples, state_bytes=self._state_bytes, kv_bytes=self._kv_bytes,
+                text=self.text, batch_size=self.recipe.run.micro_batch,
             )  # fmt: skip
             report["tasks"] = self._run_tasks(variants)
             report["memory_peak_bytes"] = peak_memory_bytes()
@@ -277,19 +305,6 @@ class _Run:
                 )  # fmt: skip
             self.log.say(f"{name}:\n{format_results(results[name])}")
         return results
-
-    def _variants(self):
-        """name -> context manager factory, and name -> note, in the report card's order."""
-        window = equal_window(self.model, dtype_bytes=self.model.dtype.itemsize)
-        sinks = self.recipe.attention.sinks
-        variants = {
-            "teacher": lambda: teacher(self.model),
-            "converted": nullcontext,
-            "far term off": lambda: ablated_attention(self.model, far=False),
-            "window off": lambda: ablated_attention(self.model, window=0, sinks=0),
-            "window + sinks": lambda: _untrained_window(self.model, window),
-        }
-        return variants, {"window + sinks": f"window {window} + {sinks} sinks, untrained, equal bytes"}
 
     def _held_out_rows(self, *, from_end: bool = False) -> torch.Tensor:
         """[N, T] int64: the held-out tokens as plain text of the length the report card asks for.
@@ -332,12 +347,6 @@ class _Run:
             files |= {name: self.work / "report" / name for name in REPORT_FILES}
         export(self.model, self.tokenizer, folder, dtype=dtype, files=files)
         self.log.say(f'done: {folder}    next: linearize generate {folder} -p "..."')
-
-
-@contextmanager
-def _untrained_window(model, window):
-    with adapters_off(model), ablated_attention(model, far=False, window=window):
-        yield
 
 
 def _merge(model):

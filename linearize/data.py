@@ -14,7 +14,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,14 @@ class PackedSequences:
             return _pad(rows, pad_token_id=self.pad_token_id)
         names = ("input_ids", "position_ids", "labels")
         return {name: torch.from_numpy(np.stack([row[i] for row in rows])) for i, name in enumerate(names)}
+
+    def first(self, count: int) -> PackedSequences:
+        """The first `count` sequences, as if reading had stopped there; all, where there are no more."""
+        if count >= len(self):
+            return self
+        end = count * self.sequence_length if self.packing else int(self.document_starts[count])
+        starts = self.document_starts[: np.searchsorted(self.document_starts, end)]
+        return replace(self, tokens=self.tokens[:end], document_starts=starts)
 
     def _packed_row(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         first = row * self.sequence_length
@@ -124,7 +132,9 @@ def _epoch(num_sequences: int, seed: int, epoch: int) -> np.ndarray:
     return permutation(num_sequences, seed=seed, epoch=epoch)
 
 
-def build_token_data(data: Any, tokenizer: Any, *, num_train_sequences: int, cache_dir: Path) -> TokenData:
+def build_token_data(
+    data: Any, tokenizer: Any, *, num_train_sequences: int, cache_dir: Path, num_cached: int = 0
+) -> TokenData:
     """Token data for the recipe's data section, from the cache if it is there, else read and tokenised.
 
     Documents get the special tokens that the tokenizer adds, and its end-of-text token at the end; those of
@@ -136,18 +146,21 @@ def build_token_data(data: Any, tokenizer: Any, *, num_train_sequences: int, cac
     being the answer, if the tokenizer has a chat template; else its texts are joined by blank lines.
 
     num_train_sequences: reading stops there; with less text than that there are fewer sequences, and
-    `batch_indices` repeats them. cache_dir: made if absent; several processes may call at once.
+    `batch_indices` repeats them. cache_dir: made if absent; several processes may call at once. num_cached: training
+    sequences to cache, if more are needed of the same cache by others; what is returned does not depend on it.
 
     Raises DataError when the source cannot be read or cannot fill `data.held_out` sequences and one more.
     """
     assert num_train_sequences > 0
     sources = find_sources(data.source)
-    key = _cache_key(data, sources, tokenizer, num_train_sequences=num_train_sequences)
+    num_cached = max(num_cached, num_train_sequences)
+    key = _cache_key(data, sources, tokenizer, num_train_sequences=num_cached)
     folder = Path(cache_dir) / key
     if not folder.exists():
-        limits = {"train": num_train_sequences, "held_out": data.held_out}
+        limits = {"train": num_cached, "held_out": data.held_out}
         _create_folder(folder, partial(_write_tokens, data, sources, tokenizer, limits))
-    return _read_tokens(folder, data, tokenizer)
+    read = _read_tokens(folder, data, tokenizer)
+    return replace(read, train=read.train.first(num_train_sequences))
 
 
 # The text and the tokens of a document ----------------------------------------------------------------------

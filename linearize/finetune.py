@@ -133,9 +133,9 @@ def output_head(model):
 def token_losses(states, labels, teacher=None, head=None):
     """Sums over tokens with a label: cross-entropy, and KL(teacher ‖ model), in float32, in nats.
 
-    states, teacher [B, T, size]: what head makes logits [., vocabulary] of (None: they are logits); labels [B, T], -100
-    where there is nothing to predict. Only LOSS_CHUNK tokens' logits are in memory at a
-    time; the backward pass computes them again.
+    states, teacher [B, T, size]: what head makes logits [., vocabulary] of (None: they are logits); labels [B, T],
+    -100 where there is nothing to predict. Only LOSS_CHUNK tokens' logits are in memory at a time; the backward pass
+    computes them again.
     """
     head = head or torch.nn.Identity()
     parts, wanted = states.flatten(0, 1).split(LOSS_CHUNK), labels.flatten().split(LOSS_CHUNK)

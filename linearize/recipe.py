@@ -191,6 +191,7 @@ class EvaluateSettings(Section):
 
     sequences: int = setting(8, help="held-out sequences for perplexity by position; 0 skips", minimum=0)
     sequence_length: int = setting(1024, help="tokens of each", minimum=2)
+    text: str | None = setting(None, help="plain text file whose perplexity is measured too, up to 4 x sequences rows")
     recall_distances: list[int] = setting(
         [128, 512], help="tokens between a fact and its question", minimum=1, unique=True
     )
@@ -202,7 +203,9 @@ class EvaluateSettings(Section):
     task_limit: int | None = setting(None, help="examples a task; null is all", minimum=1)
 
     def check(self) -> Iterator[str]:
-        """Settings of tasks come with tasks."""
+        """Settings of tasks come with tasks, and a text with a report card."""
+        if self.text is not None and not self.sequences:
+            yield "text: is set but sequences is 0, so no report card is made; set sequences"
         for name in ("task_path", "task_limit"):
             if getattr(self, name) is not None and not self.tasks:
                 yield f"{name}: is set but tasks is empty; name the tasks to run"

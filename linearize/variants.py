@@ -3,7 +3,7 @@
 Each is a context manager; on leaving, the model is as before.
 """
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 
@@ -94,3 +94,22 @@ def equal_window(model, *, dtype_bytes: int) -> int:
     state = sum(layer.state_bytes(dtype_bytes=dtype_bytes) for layer in layers)
     sinks = next(iter(layers)).sinks
     return -(-state // per_token) - sinks + 1
+
+
+def report_variants(model, *, sinks: int) -> tuple[dict, dict]:
+    """name -> factory of a context, and name -> note: what the report card measures, in its order."""
+    window = equal_window(model, dtype_bytes=model.dtype.itemsize)
+    variants = {
+        "teacher": lambda: teacher(model),
+        "converted": nullcontext,
+        "far term off": lambda: ablated_attention(model, far=False),
+        "window off": lambda: ablated_attention(model, window=0, sinks=0),
+        "window + sinks": lambda: _untrained_window(model, window),
+    }
+    return variants, {"window + sinks": f"window {window} + {sinks} sinks, untrained, equal bytes"}
+
+
+@contextmanager
+def _untrained_window(model, window):
+    with adapters_off(model), ablated_attention(model, far=False, window=window):
+        yield

@@ -53,7 +53,7 @@ def test_help_is_fast_and_shows_every_verb(tmp_path):
         result = run("--help", cwd=tmp_path)
         seconds.append(time.perf_counter() - start)
     assert result.returncode == 0
-    for verb in ("convert", "generate", "eval", "process", "bench", "report", "doctor", "recipes"):
+    for verb in ("convert", "generate", "eval", "process", "bench", "report", "sweep", "doctor", "recipes"):
         assert f"\n    {verb} " in result.stdout
     assert "linearize convert my.yaml" in result.stdout
     assert min(seconds) < 1
@@ -102,6 +102,7 @@ def test_options_are_frozen():
         "": ["--version"],
         "convert": ["--set", "--dry-run", "--force"],
         "rank-layers": ["--set", "--force"],
+        "sweep": ["--set", "--grid", "--keep-models"],
         "generate": [
             "--prompt",
             "--chat",
@@ -144,7 +145,7 @@ def test_options_are_frozen():
 
 def test_examples_in_the_help_parse():
     texts = (cli._EPILOG, cli._CONVERT_EPILOG, cli._GENERATE_EPILOG, cli._EVAL_EPILOG, cli._RECIPES_EPILOG)
-    texts += (cli._BENCH_EPILOG, cli._PROCESS_EPILOG)
+    texts += (cli._BENCH_EPILOG, cli._PROCESS_EPILOG, cli._SWEEP_EPILOG)
     lines = [line for text in texts for line in text.splitlines() if line.startswith("  ")]
     assert len(lines) > 15
     for line in lines:
@@ -215,8 +216,20 @@ def test_eval_hands_on_its_options_and_writes_json(fake_module, tmp_path, capsys
 def test_report(fake_module, capsys):
     fake_module("linearize_eval.report", load_report=lambda folder: {"of": folder})
     fake_module("linearize_eval.report_text", print_report=print)
+    fake_module("linearize_eval.comparison", print_comparison=print, names_of=lambda folders: [f[-1] for f in folders])
     assert cli.main(["report", "dir"]) == 0
     assert capsys.readouterr().out == "{'of': 'dir'}\n"
+    assert cli.main(["report", "dir/a", "dir/b"]) == 0
+    assert capsys.readouterr().out == "{'a': {'of': 'dir/a'}, 'b': {'of': 'dir/b'}}\n"
+
+
+def test_sweep_hands_on_its_grids(fake_module):
+    calls = []
+    fake_module("linearize_eval.sweep", sweep=lambda source, **options: calls.append((source, options)))
+    assert cli.main("sweep my.yaml --grid a.b=1,2 --grid c=3 --set d=4 --keep-models".split()) == 0
+    assert cli.main("sweep my.yaml --grid a.b=1".split()) == 0
+    assert calls[0] == ("my.yaml", {"grid": ["a.b=1,2", "c=3"], "overrides": ["d=4"], "keep_models": True})
+    assert calls[1] == ("my.yaml", {"grid": ["a.b=1"], "overrides": [], "keep_models": False})
 
 
 def test_recipes(tmp_path, capsys):
@@ -253,6 +266,9 @@ def test_recipes(tmp_path, capsys):
         ),
         ("linearize_eval.harness:format_results", "results"),
         ("linearize_eval.report:load_report", "folder"),
+        ("linearize_eval.comparison:print_comparison", "reports"),
+        ("linearize_eval.comparison:names_of", "folders"),
+        ("linearize_eval.sweep:sweep", "source *grid *overrides *keep_models"),
         ("linearize_eval.report_text:print_report", "report"),
     ],
 )
@@ -278,6 +294,8 @@ def test_the_real_functions_take_what_the_verbs_hand_on(function, arguments):
         "eval d --tasks ,",
         "eval d --tasks a --limit 0",
         "recipes",
+        "report",
+        "sweep my.yaml",
     ]
     + ["generate d -p x --max-new-tokens 1.5", "eval d --tasks a --batch-size auto", "convert x --lr 3"],
 )

@@ -402,3 +402,18 @@ def test_a_batch_depends_on_its_arguments_only():
 def test_the_recipes_data_section_has_what_is_read(tmp_path, corpus):
     data = DataSettings(source=str(corpus), sequence_length=16, held_out=2)
     assert len(build(tmp_path, data).held_out) == 2
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("num", [1, 3, 7])
+def test_a_larger_cache_gives_the_sequences_of_one_of_its_own(tmp_path, corpus, packing, num):
+    data, tokenizer = section(corpus, packing=packing), make_tokenizer()
+    options = {"num_train_sequences": num, "cache_dir": tmp_path / "shared", "num_cached": 12}
+    shared, own = build_token_data(data, tokenizer, **options), build(tmp_path, data, num_train_sequences=num)
+    build_token_data(data, tokenizer, **{**options, "num_train_sequences": 12, "num_cached": 0})
+    assert len(list((tmp_path / "shared").iterdir())) == 1, "one tokenisation for all"
+    assert len(shared.train) == len(own.train) == num
+    for side in ("train", "held_out"):
+        one, other = getattr(shared, side), getattr(own, side)
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert one.document_starts.tolist() == other.document_starts.tolist()

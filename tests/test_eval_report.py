@@ -372,3 +372,47 @@ def test_smoothing_keeps_a_constant_and_covers_every_position():
         spike[:] = 0
         spike[position - 1] = 1
         assert (smooth_by_position(spike)[1] > 1).sum() == 1
+
+
+def test_kl_is_to_the_teacher_and_the_batch_changes_no_figure(report):
+    model, rows = build_model(), held_out_rows()
+
+    def log_softmax(factor):
+        with torch.no_grad(), scaled_head(model, factor):
+            return model(rows).logits[:, :-1].double().log_softmax(-1)
+
+    reference = log_softmax(1)
+    for variant, factor in zip(report["variants"], (1, 2, 20, 40, 30), strict=True):
+        expected = (reference.exp() * (reference - log_softmax(factor))).sum(-1).mean().item()
+        assert variant["kl"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert report["variants"][0]["kl"] == 0 and report["variants"][1]["kl"] > 0.001
+    batched = measure(build_model(), batch_size=3)  # of four rows
+    assert batched["meta"]["batch_size"] == 3
+    for one, several in zip(report["variants"], batched["variants"], strict=True):
+        assert one["nll_by_row"] == pytest.approx(several["nll_by_row"], rel=1e-5)
+        assert one["kl"] == pytest.approx(several["kl"], rel=1e-4, abs=1e-7)
+        assert one["copy"][0]["perplexity"] == pytest.approx(several["copy"][0]["perplexity"], rel=1e-4)
+
+
+def test_perplexity_of_a_text_is_measured_and_shown_beside(report):
+    text = torch.randint(0, 120, (3, 100), generator=torch.manual_seed(7))
+    model = build_model()
+    with_text = measure(model, text=("wiki.txt", text), batch_size=2)
+    for variant, factor in zip(with_text["variants"], (1, 2, 20, 40, 30), strict=True):
+        with scaled_head(model, factor):
+            expected = perplexity_by_position(model, text, edges=[1, 16, 100])
+        assert variant["text"]["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
+        assert [b["stop"] for b in variant["text"]["buckets"]] == [16, 100]
+    shown = printed(with_text, 300)
+    assert "perplexity of wiki.txt, 3 rows of 100 tokens" in " ".join(shown.split())
+    for words in (printed(with_text, 40).split(), shown.split()):
+        assert write_number(with_text["variants"][1]["text"]["buckets"][1]["perplexity"]) in words
+    assert "text@16-100" in report_markdown(with_text) and "text@" not in report_markdown(report)
+
+
+def test_a_report_of_before_kl_and_text_is_still_shown(report):
+    old = copy.deepcopy(report)
+    for variant in old["variants"]:
+        del variant["kl"]
+    del old["meta"]["text"], old["meta"]["batch_size"]
+    assert "KL" not in printed(old, 300) and "KL" in printed(report, 300)

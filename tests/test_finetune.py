@@ -10,7 +10,7 @@ from test_train import LENGTH, make_data, make_loop, run_train
 from linearize.architecture import linearize_
 from linearize.convert import _merge
 from linearize.errors import RecipeError, TrainingError
-from linearize.finetune import FinetuneStage, add_lora, projection_names, token_losses
+from linearize.finetune import FinetuneStage, add_lora, output_head, projection_names, token_losses
 from linearize.modeling_linearized import linear_attentions
 from linearize.recipe import FinetuneSettings, LoraSettings, LossSettings
 
@@ -128,10 +128,27 @@ def test_the_stage_weighs_ce_and_kl_of_the_models_logits():
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+def test_no_architecture_needs_its_logits_whole(name):
+    assert output_head(linearize_(make_model(name), attention())) is not None
+
+
+def test_a_head_that_does_more_is_not_guessed():
+    """A model whose logits are made in a way that is not known here keeps to its own."""
+    model = linearize_(make_model("llama"), attention())
+
+    def double(module, args, kwargs, output):
+        output.logits = 2 * output.logits
+        return output
+
+    model.register_forward_hook(double, with_kwargs=True)
+    assert output_head(model) is None
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "granite", "cohere", "gemma2", "gpt2"])
 def test_losses_from_parts_of_the_states_are_those_of_whole_logits(name, monkeypatch):
-    """No architecture needs its [T, vocabulary] logits whole; scaled and capped ones (Granite, Cohere, Gemma 2) too."""
+    """Scaled and capped logits (Granite, Cohere, Gemma 2) too."""
     monkeypatch.setattr("linearize.finetune.LOSS_CHUNK", 7)
-    target = {"phi": "dense", "gpt2": "c_proj", "gpt_neox": "dense", "opt": "out_proj"}.get(name, "o_proj")
+    target = "c_proj" if name == "gpt2" else "o_proj"
     stage, batch = make_stage(make_settings(ce=1.0, kl=1.0, targets=[target]), name=name, lora_noise=0.1), make_batch()
     assert stage.head is not None
     split = stage.run(batch, scale=0.1, backward=False)

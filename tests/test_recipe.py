@@ -25,10 +25,11 @@ calibrate.sequences
 match.tokens match.batch_tokens match.lr match.warmup match.weight_decay match.clip match.evaluate_every
 match.patience match.window_dropout
 finetune.tokens finetune.batch_tokens finetune.lr finetune.warmup finetune.weight_decay finetune.clip
-finetune.evaluate_every finetune.patience finetune.window_dropout finetune.maps_lr finetune.lora.rank finetune.lora.alpha
+finetune.evaluate_every finetune.patience finetune.window_dropout finetune.maps_lr
+finetune.lora.rank finetune.lora.alpha
 finetune.lora.dropout finetune.lora.targets finetune.loss.ce finetune.loss.kl
 run.seed run.device run.micro_batch run.gradient_checkpointing run.checkpoint_every run.trackers
-evaluate.sequences evaluate.sequence_length evaluate.recall_distances evaluate.key_recall_samples
+evaluate.sequences evaluate.sequence_length evaluate.text evaluate.recall_distances evaluate.key_recall_samples
 evaluate.tasks evaluate.task_path evaluate.task_limit
 output.folder output.dtype
 """.split()
@@ -142,6 +143,7 @@ def test_impossible_values_are_refused_by_name(override):
             "finetune.batch_tokens: 16000 must be at least one forward pass",
         ),
         (["evaluate.task_limit=3"], "evaluate.task_limit: is set but tasks is empty"),
+        (["evaluate.text=x", "evaluate.sequences=0"], "evaluate.text: is set but sequences is 0"),
         (["evaluate.task_path=x"], "evaluate.task_path: is set but tasks is empty"),
     ],
 )

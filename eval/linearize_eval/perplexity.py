@@ -4,12 +4,11 @@ N rows, T tokens a row, B rows a forward, V vocabulary. A token's position is it
 The token at position 0 has nothing before it and is not predicted, so a row yields T - 1 figures.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from linearize.errors import DataError
 
@@ -92,22 +91,67 @@ def token_nll(
         for batch in rows.split(batch_size):
             batch = batch.to(model.device)
             logits = model(batch, use_cache=False).logits
-            batches.append(_nll_in_slices(logits, batch).cpu())
+            batches.append(nll_and_kl(logits, batch)[0].cpu())
             on_batch()
     return torch.cat(batches)
 
 
-def _nll_in_slices(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """logits [B, T, V] and the ids [B, T] they were computed from -> [B, T - 1] float32 nats."""
+def nll_and_kl(
+    logits: torch.Tensor, ids: torch.Tensor, reference: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """logits [B, T, V] and the ids [B, T] they were computed from -> NLL and KL of each predicted token.
+
+    Both are [B, T - 1], float32, in nats. KL(reference ‖ model) is None without `reference`, the logits [B, T, V] of
+    the model to compare with. At most LOGITS_AT_A_TIME of either are in float32 at once, whatever their dtype.
+    """
     targets = ids[:, 1:].to(logits.device)
     step = max(1, LOGITS_AT_A_TIME // (logits.shape[0] * logits.shape[2]))
-    slices = []
+    nlls, kls = [], []
     for start in range(0, targets.shape[1], step):
         target = targets[:, start : start + step]
-        part = logits[:, start : start + target.shape[1]].float()
-        nll = F.cross_entropy(part.flatten(0, 1), target.flatten(), reduction="none")
-        slices.append(nll.view_as(target))
-    return torch.cat(slices, dim=1)
+        part = slice(start, start + target.shape[1])
+        log_p = logits[:, part].float().log_softmax(-1)
+        nlls.append(-log_p.gather(-1, target[..., None])[..., 0])
+        if reference is not None:
+            log_r = reference[:, part].float().log_softmax(-1)
+            kls.append((log_r.exp() * (log_r - log_p)).sum(-1))
+    return torch.cat(nlls, dim=1), torch.cat(kls, dim=1) if kls else None
+
+
+def variants_nll_and_kl(
+    model: torch.nn.Module,
+    variants: Mapping[str, Callable[[], AbstractContextManager]],
+    rows: torch.Tensor,
+    *,
+    reference: str,
+    batch_size: int = 1,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """`nll_and_kl` of every variant of `model` on `rows` [N, T]: name -> two [N, T - 1], float32, on CPU.
+
+    variants: name -> factory of the context that makes the model that variant. reference: the one that KL is taken
+    to; where it is not among them, KL is None. A batch goes through all variants before the next, so that only its
+    reference logits are held. The other arguments as in `token_nll`.
+    """
+    order = sorted(variants, key=lambda name: name != reference)
+    parts: dict[str, list] = {name: [] for name in variants}
+    with evaluation_mode(model):
+        for batch in rows.split(batch_size):
+            batch, reference_logits = batch.to(model.device), None
+            for name in order:
+                with variants[name]():
+                    logits = model(batch, use_cache=False).logits
+                if name == reference:
+                    reference_logits = logits
+                nll, kl = nll_and_kl(logits, batch, reference_logits)
+                del logits  # before the next variant makes its own
+                parts[name].append((nll.cpu(), None if kl is None else kl.cpu()))
+                on_batch()
+    joined = {}
+    for name, pairs in parts.items():
+        nlls, kls = zip(*pairs, strict=True)
+        joined[name] = torch.cat(nlls), None if kls[0] is None else torch.cat(kls)
+    return joined
 
 
 def perplexity(nll: torch.Tensor) -> float:

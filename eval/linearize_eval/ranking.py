@@ -17,7 +17,7 @@ from linearize.errors import ModelError
 from linearize.kept_softmax import Unit, evenly_spaced, heads_by_layer, units_of
 from linearize.variants import restored_softmax, teacher
 from linearize_eval.json_values import finite
-from linearize_eval.perplexity import LOGITS_AT_A_TIME, evaluation_mode
+from linearize_eval.perplexity import evaluation_mode, nll_and_kl
 from linearize_eval.recall import copy_recall
 
 FORMAT = 1
@@ -41,7 +41,7 @@ class Scale:
         num_rows = max(1, len(rows) // 2)  # the teacher's logits are held in memory
         self.kl_batches = self.rows[:num_rows].split(batch_size)
         with evaluation_mode(model), teacher(model):
-            self.teacher_logits = [model(batch, use_cache=False).logits[:, :-1] for batch in self.kl_batches]
+            self.teacher_logits = [model(batch, use_cache=False).logits for batch in self.kl_batches]
 
     def score(self, units: Iterable[Unit], by: str) -> float:
         """What a choice makes small: mean copy loss over the distances ("recall") or KL ("kl"), in nats."""
@@ -79,23 +79,11 @@ class Scale:
         sums, count = torch.zeros(2, dtype=torch.float64, device=self.rows.device), 0
         with evaluation_mode(self.model):
             for batch, reference in zip(self.kl_batches, self.teacher_logits, strict=True):
-                logits, targets = self.model(batch, use_cache=False).logits[:, :-1], batch[:, 1:]
-                sums += _kl_and_nll_sums(logits.flatten(0, 1), reference.flatten(0, 1), targets.flatten())
-                count += targets.numel()
+                nll, kl = nll_and_kl(self.model(batch, use_cache=False).logits, batch, reference)
+                sums += torch.stack([kl.double().sum(), nll.double().sum()])
+                count += nll.numel()
         kl, nll = (sums / count).tolist()
         return kl, nll
-
-
-def _kl_and_nll_sums(logits, reference, targets) -> torch.Tensor:
-    """logits, reference [B * T, V], targets [B * T] -> [2] float64: KL and negative log-likelihood, summed."""
-    total = torch.zeros(2, dtype=torch.float64, device=logits.device)
-    step = max(1, LOGITS_AT_A_TIME // logits.shape[1])
-    for start in range(0, len(targets), step):
-        part = slice(start, start + step)
-        log_p, log_t = logits[part].float().log_softmax(-1), reference[part].float().log_softmax(-1)
-        nll = -log_p.gather(1, targets[part, None]).double().sum()
-        total += torch.stack([(log_t.exp() * (log_t - log_p)).double().sum(), nll])
-    return total
 
 
 def greedy(score: Callable[[list[Unit]], float], singles: dict[Unit, float], count: int) -> list[Unit]:

@@ -25,9 +25,9 @@ import linearize
 from linearize.errors import DataError, ModelError
 from linearize_eval.chart import draw_report
 from linearize_eval.json_values import finite
-from linearize_eval.perplexity import evaluation_mode, perplexity, position_edges, summarize_nll, token_nll
+from linearize_eval.perplexity import evaluation_mode, perplexity, position_edges, summarize_nll, variants_nll_and_kl
 from linearize_eval.recall import KeySample, build_key_samples, copy_recall, copy_rows, score_key_samples
-from linearize_eval.report_text import CHART_FILE
+from linearize_eval.report_text import CHART_FILE, TEACHER
 
 FORMAT = 1
 REPORT_FILE = "report.json"
@@ -49,6 +49,7 @@ def measure_report(
     recall_distances: Sequence[int],
     state_bytes: int | Callable[[int], int],
     kv_bytes: Callable[[int], int],
+    text: tuple[str, torch.Tensor] | None = None,
     key_recall_samples: int = 32,
     key_recall_pairs: int = 4,
     batch_size: int = 1,
@@ -70,9 +71,10 @@ def measure_report(
         recall_distances: tokens, for copy recall and key lookup.
         state_bytes: bytes one sequence keeps, constant or by its length in tokens.
         kv_bytes: bytes of the teacher's KV cache by length in tokens.
+        text: a name and token ids [M, T'], int64, no padding: perplexity is measured on these rows too.
         key_recall_samples: questions a distance; 0 leaves the key lookup out.
         key_recall_pairs: sentences planted a question.
-        batch_size: rows a forward.
+        batch_size: rows a forward; the key lookup's texts go one by one, as they differ in length.
         seed: of the key lookup's texts.
         progress: show a progress bar.
 
@@ -87,6 +89,8 @@ def measure_report(
         bos_token_id=tokenizer.bos_token_id,
         copies=_copy_distances(rows, recall_distances, tokenizer.bos_token_id, max_positions, left_out),
         batch_size=batch_size,
+        window=window,
+        text_rows=None if text is None else text[1],
     )
     if key_recall_samples:
         settings = {"num_pairs": key_recall_pairs, "num_samples": key_recall_samples, "seed": seed}
@@ -100,7 +104,7 @@ def measure_report(
             "variants": _measure_variants(model, variants, notes, plan, progress),
             "memory": _memory(state_bytes, kv_bytes),
             "left_out": left_out,
-            "meta": _meta(model, rows, key_recall_samples, key_recall_pairs),
+            "meta": _meta(model, plan, key_recall_samples, key_recall_pairs, text),
         }
     )
 
@@ -115,13 +119,16 @@ class _Plan:
     bos_token_id: int | None
     copies: list[int]
     batch_size: int
+    window: int
+    text_rows: torch.Tensor | None = None
     samples: dict[int, list[KeySample]] = field(default_factory=dict)
 
     @property
     def num_forwards(self) -> int:
         """Forwards a variant, those for its speed aside."""
         num_batches = math.ceil(len(self.rows) / self.batch_size)
-        return num_batches * (1 + len(self.copies)) + sum(map(len, self.samples.values()))
+        num_text = 0 if self.text_rows is None else math.ceil(len(self.text_rows) / self.batch_size)
+        return num_batches * (1 + len(self.copies)) + num_text + sum(map(len, self.samples.values()))
 
 
 def far_start(window: int, num_tokens: int) -> int | None:
@@ -136,20 +143,39 @@ def far_start(window: int, num_tokens: int) -> int | None:
 
 def _measure_variants(model, variants: Variants, notes, plan: _Plan, progress: bool) -> list[dict]:
     measured = []
+    options = {"reference": TEACHER, "batch_size": plan.batch_size}
     with _progress_bar(progress) as bar:
-        task = bar.add_task("", total=plan.num_forwards * len(variants))
+        task = bar.add_task("report card: perplexity", total=plan.num_forwards * len(variants))
+        options["on_batch"] = lambda: bar.advance(task)
+        figures = variants_nll_and_kl(model, variants, plan.rows, **options)
+        on_text = {}
+        if plan.text_rows is not None:
+            edges = position_edges(plan.window, plan.text_rows.shape[1])
+            of_text = variants_nll_and_kl(model, variants, plan.text_rows, **options)
+            on_text = {name: {"text": summarize_nll(nll, edges)} for name, (nll, _) in of_text.items()}
         for name, variant in variants.items():
             bar.update(task, description=f"report card: {name}")
             with variant():
-                figures = _measure(model, plan, on_batch=lambda: bar.advance(task))
-            measured.append({"name": name, "note": notes.get(name, ""), **figures})
+                recall = _recall_and_speed(model, plan, on_batch=options["on_batch"])
+            of_rows = _row_figures(*figures[name], plan)
+            measured.append({"name": name, "note": notes.get(name, ""), **of_rows, **on_text.get(name, {}), **recall})
     return measured
 
 
-def _measure(model, plan: _Plan, *, on_batch: Callable[[], None]) -> dict:
-    """All figures of `model` as it stands."""
-    nll = token_nll(model, plan.rows, batch_size=plan.batch_size, on_batch=on_batch)
+def _row_figures(nll: torch.Tensor, kl: torch.Tensor | None, plan: _Plan) -> dict:
+    """What is said of NLL and KL [N, T - 1] on the held-out rows; "kl", mean nats a token, where it was measured."""
     far = None if plan.far_from is None else nll[:, plan.far_from - 1 :].double()
+    return {
+        **summarize_nll(nll, plan.edges),
+        "nll_by_row": nll.double().mean(dim=1).tolist(),
+        "far_perplexity": None if far is None else perplexity(far),
+        "far_nll_by_row": None if far is None else far.mean(dim=1).tolist(),
+        **({} if kl is None else {"kl": kl.double().mean().item()}),
+    }
+
+
+def _recall_and_speed(model, plan: _Plan, *, on_batch: Callable[[], None]) -> dict:
+    """The other figures of `model` as it stands."""
     copies = copy_recall(
         model,
         plan.rows,
@@ -162,15 +188,8 @@ def _measure(model, plan: _Plan, *, on_batch: Callable[[], None]) -> dict:
         {"distance": distance, **score_key_samples(model, questions, on_batch=on_batch)}
         for distance, questions in plan.samples.items()
     ]
-    return {
-        **summarize_nll(nll, plan.edges),
-        "nll_by_row": nll.double().mean(dim=1).tolist(),
-        "far_perplexity": None if far is None else perplexity(far),
-        "far_nll_by_row": None if far is None else far.mean(dim=1).tolist(),
-        "copy": copies,
-        "key": keys,
-        "tokens_per_second": forward_speed(model, plan.rows[: plan.batch_size]),
-    }
+    speed = forward_speed(model, plan.rows[: plan.batch_size])
+    return {"copy": copies, "key": keys, "tokens_per_second": speed}
 
 
 def forward_speed(model: torch.nn.Module, batch: torch.Tensor) -> float:
@@ -245,12 +264,15 @@ def _memory(state_bytes: int | Callable[[int], int], kv_bytes: Callable[[int], i
     return {"table": [at(n) for n in MEMORY_LENGTHS], "curve": [at(n) for n in CURVE_LENGTHS]}
 
 
-def _meta(model, rows: torch.Tensor, num_questions: int, num_pairs: int) -> dict:
-    device = model.device
+def _meta(model, plan: _Plan, num_questions: int, num_pairs: int, text) -> dict:
+    device, rows = model.device, plan.rows
+    of_text = None if text is None else {"name": text[0], "num_rows": len(text[1]), "row_tokens": text[1].shape[1]}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return {
         "num_rows": rows.shape[0],
         "row_tokens": rows.shape[1],
+        "batch_size": min(plan.batch_size, len(rows)),
+        "text": of_text,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": name,
         "key_questions": num_questions,

@@ -25,7 +25,7 @@ CHART_FILE = "report.png"
 class Column:
     """A column of the table: its heading, how to find its figure in a variant, how to write that figure."""
 
-    group: Literal["perplexity", "recall"]
+    group: Literal["perplexity", "text", "recall"]
     heading: str
     figure: Callable[[dict], float | None]
     write: Callable[[float], str]
@@ -69,6 +69,13 @@ def table_columns(report: dict) -> list[Column]:
         columns.append(
             Column("perplexity", label, lambda v, i=i: v["buckets"][i]["perplexity"], write_number)
         )
+    if "kl" in first:
+        columns.append(Column("perplexity", "KL", lambda v: v["kl"], lambda value: f"{value:.3g}"))
+    if "text" in first:
+        columns.append(Column("text", "text@all", lambda v: v["text"]["perplexity"], write_number))
+        for i, bucket in enumerate(first["text"]["buckets"]):
+            label = f"text@{bucket_label(bucket['start'], bucket['stop'])}"
+            columns.append(Column("text", label, lambda v, i=i: v["text"]["buckets"][i]["perplexity"], write_number))
     for i, copy in enumerate(first["copy"]):
         label = f"copy@{position_label(copy['distance'])}"
         columns.append(Column("recall", label, lambda v, i=i: v["copy"][i]["perplexity"], write_number))
@@ -105,6 +112,11 @@ def legend(report: dict) -> str:
         "position.",
         "copy@d: perplexity of a text's repetition d tokens later (1 is perfect).",
     ]
+    if "kl" in report["variants"][0]:
+        parts.append("KL: to the teacher, on these rows, mean nats a token.")
+    if text := meta.get("text"):
+        rows = f"{text['num_rows']} rows of {text['row_tokens']} tokens"
+        parts.append(f"text@: perplexity of {text['name']}, {rows}, overall and by position.")
     keys = report["variants"][0]["key"]
     if keys:
         parts.append(
@@ -113,7 +125,9 @@ def legend(report: dict) -> str:
         )
     parts.append("±: one standard error over the rows; a difference counts from two.")
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
-    parts.append(f"x: against the teacher. tokens/s: this forward, {meta['dtype']} on {meta['device']}.")
+    size = meta.get("batch_size", 1)  # which reports of before batches do not say
+    batch = "1 row" if size == 1 else f"{size} rows"
+    parts.append(f"x: against the teacher. tokens/s: this forward of {batch}, {meta['dtype']} on {meta['device']}.")
     return " ".join([*parts, f"{versions}."])
 
 
@@ -223,15 +237,15 @@ def print_report(report: dict, *, console: Console | None = None) -> None:
     columns = table_columns(report)
     tables = [_table(report, "Report card", columns)]
     if _narrowest(console, tables[0]) > console.width:
-        titles = {"perplexity": "Report card: perplexity", "recall": "Report card: recall and speed"}
+        titles = {"perplexity": "Report card: perplexity", "text": "Report card: perplexity of the text"}
+        titles["recall"] = "Report card: recall and speed"
         tables = [
             _table(report, title, [column for column in columns if column.group == group])
             for group, title in titles.items()
+            if any(column.group == group for column in columns)
         ]
     for table in tables:
-        if _narrowest(console, table) > console.width:
-            table.width = _narrowest(console, table)  # a figure cut short is worse than a line too long
-        console.print(table, crop=False, no_wrap=True, overflow="ignore")
+        print_unbroken(table, console)
     console.print(Text(legend(report), style="dim"))
     if rows := task_rows(report):
         console.print(_task_table(rows))
@@ -241,6 +255,13 @@ def print_report(report: dict, *, console: Console | None = None) -> None:
     styles = {"good": "green", "bad": "bold red", "open": "yellow"}
     for verdict in verdicts(report):
         console.print(Text(verdict.text, style=styles[verdict.kind]))
+
+
+def print_unbroken(table: Table, console: Console) -> None:
+    """Prints the table as wide as it needs: a figure cut short is worse than a line too long."""
+    if _narrowest(console, table) > console.width:
+        table.width = _narrowest(console, table)
+    console.print(table, crop=False, no_wrap=True, overflow="ignore")
 
 
 def _narrowest(console: Console, table: Table) -> int:
