@@ -167,7 +167,10 @@ class LossSettings(Section):
 class FinetuneSettings(StageSettings):
     """Stage 2: the whole model learns the text again, by LoRA and the learned maps."""
 
-    lr: float = setting(2e-4, help="peak learning rate of LoRA", above=0)
+    train: Literal["lora", "layers"] = setting(
+        "lora", help="lora; or layers: every weight but embeddings and output head (16 bytes more a weight)"
+    )
+    lr: float = setting(2e-4, help="peak learning rate of LoRA, or of the layers' weights", above=0)
     maps_lr: float = setting(1e-3, help="peak learning rate of maps, centres and gates; 0 freezes", minimum=0)
     lora: LoraSettings = field(default_factory=LoraSettings)
     loss: LossSettings = field(default_factory=LossSettings)

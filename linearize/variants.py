@@ -73,10 +73,12 @@ def restored_softmax(model, heads: dict[int, list[int]]):
 
 @contextmanager
 def adapters_off(model):
-    """The base model's own weights, where `model` carries LoRA adapters; otherwise nothing changes."""
+    """The base model's own weights, where `model` carries LoRA adapters or TrainedWeights; else nothing changes."""
     with ExitStack() as stack:
         if hasattr(model, "disable_adapter"):
             stack.enter_context(model.disable_adapter())
+        if hasattr(model, "trained_weights"):
+            stack.enter_context(model.trained_weights.undone())
         yield model
 
 
