@@ -1,12 +1,13 @@
 """finetune.train: layers. Float32 masters of a model's own weights, and the teacher that stays."""
 
 import copy
+import itertools
 import json
 
 import pytest
 import torch
 from pico import attention, logits_of, make_model, make_tokens, randomise
-from test_export import save_model, save_recipe, save_text
+from test_export import read_log, save_model, save_recipe, save_text
 from test_train import LENGTH, make_data, run_train
 from transformers import AutoModelForCausalLM
 
@@ -121,7 +122,16 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
-def test_convert_exports_the_trained_weights(tmp_path):
+def test_convert_exports_the_best_trained_weights(tmp_path, monkeypatch):
+    made_in_it = []
+    monkeypatch.setattr("linearize.convert.TrainedWeights", lambda m: made_in_it.append(TrainedWeights(m)))
+    calls, run = itertools.count(), FinetuneStage.run
+
+    def best_at_the_second(self, batch, *, scale, backward):  # of the evaluations, of four sequences each
+        figures = run(self, batch, scale=scale, backward=backward)
+        return figures if backward else {"loss": torch.tensor(abs(next(calls) // 4 - 1.0))}
+
+    monkeypatch.setattr(FinetuneStage, "run", best_at_the_second)
     changes = {
         "finetune.train": "layers", "finetune.lr": 1e-2, "evaluate.sequences": 2, "evaluate.sequence_length": 64,
         "evaluate.recall_distances": [16], "evaluate.key_recall_samples": 0, "match.tokens": 0,
@@ -131,5 +141,10 @@ def test_convert_exports_the_trained_weights(tmp_path):
     base, made = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (tmp_path / "model", folder))
     changed = {n for n, w in base.items() if not torch.equal(w, made[n])}
     assert changed and not any("embed" in n or "lm_head" in n for n in changed)
+    done = next(r for r in read_log(folder / "log.jsonl") if r.get("done"))
+    assert done["best_step"] == 2 and done["num_steps"] == 8
+    masters = sum(m.double().sum().item() for m in made_in_it[0].masters)
+    weights = sum(made[n].double().sum().item() for n in base if "embed" not in n and "lm_head" not in n)
+    assert weights == pytest.approx(masters, abs=1e-6)
     rows = {v["name"]: v["perplexity"] for v in json.loads((folder / "report.json").read_text())["variants"]}
     assert rows["teacher"] != rows["converted"]
