@@ -31,6 +31,7 @@ from .recipe import Recipe, to_yaml
 from .run_log import RunLog, peak_memory_bytes
 from .text_rows import read_text_rows
 from .train import train
+from .trained_weights import TrainedWeights
 from .variants import report_variants
 from .work_folder import open_work
 
@@ -133,7 +134,7 @@ class _Run:
         self.model, self.tokenizer = load_teacher(recipe.model, device=self.accelerator.device)
         set_seed(recipe.run.seed)
         linearize_(self.model, recipe.attention)
-        if recipe.finetune.tokens:
+        if recipe.finetune.tokens and recipe.finetune.train == "lora":
             projection_names(self.model, recipe.finetune.lora.targets)  # a wrong name is an error now, not later
         with self.accelerator.main_process_first():
             self.data = self._read_data()
@@ -246,10 +247,14 @@ class _Run:
         if not recipe.finetune.tokens:
             return
         set_seed(recipe.run.seed)
-        self.model = add_lora(self.model, recipe.finetune.lora)
+        if recipe.finetune.train == "lora":
+            self.model = add_lora(self.model, recipe.finetune.lora)
+        else:
+            TrainedWeights(self.model)
         checkpointing = recipe.run.gradient_checkpointing
         stage = FinetuneStage(self.model, recipe.finetune, gradient_checkpointing=checkpointing)
         self._train(stage, recipe.finetune)
+        stage.refresh()
 
     def _train(self, stage, settings) -> None:
         self.log.steps_before = sum(result.num_steps for result in self.results)

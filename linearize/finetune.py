@@ -1,6 +1,6 @@
-"""Finetuning: LoRA on named projections of the converted layers, their maps trained along.
+"""Finetuning: LoRA on named projections of the converted layers, or all layers' weights; the maps trained along.
 
-Loss: next-token cross-entropy and/or KL to the teacher, which is the same model with adapters off and softmax on.
+Loss: next-token cross-entropy and/or KL to the teacher, which is the same model with its own weights and softmax on.
 """
 
 import torch
@@ -50,19 +50,25 @@ def projection_names(model, targets: list[str]) -> list[str]:
 
 
 class FinetuneStage:
-    """Finetuning as the training loop sees it. `model` is a peft model over a linearized one."""
+    """Finetuning as the training loop sees it. `model`: a peft model over a linearized one, or with TrainedWeights."""
 
     name = "finetune"
     order = 1
 
     def __init__(self, model, settings, *, gradient_checkpointing=False):
-        self.model, self.base, self.loss = model, model.get_base_model(), settings.loss
+        self.model, self.loss = model, settings.loss
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.weights = getattr(model, "trained_weights", None)
         self.head = output_head(self.base)  # None: its logits are made whole
         maps = [p for layer in linear_attentions(model).values() for p in layer.parameters()]
         for parameter in maps:
             parameter.requires_grad_(settings.maps_lr > 0)
         lora = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
-        self.groups = [ParameterGroup("lora", lora, settings.lr)]
+        self.groups = [
+            ParameterGroup("weights", self.weights.masters, settings.lr)
+            if self.weights
+            else ParameterGroup("lora", lora, settings.lr)
+        ]
         if settings.maps_lr > 0:
             self.groups.append(ParameterGroup("maps", maps, settings.maps_lr))
         if gradient_checkpointing:
@@ -72,7 +78,13 @@ class FinetuneStage:
     def num_terms(self, batch) -> int:
         return int((batch["labels"][:, 1:] != -100).sum())
 
+    def refresh(self) -> None:
+        """Brings what trains into the model, where it is kept beside it."""
+        if self.weights:
+            self.weights.refresh()
+
     def run(self, batch, *, scale, backward):
+        self.refresh()
         inputs = model_inputs(batch)
         labels = batch["labels"][:, 1:]
         self.model.train(backward)

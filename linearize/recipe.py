@@ -118,6 +118,12 @@ class StageSettings(Section):
     clip: float = setting(1.0, help="largest norm of the gradients", above=0)
     evaluate_every: int = setting(25, help="steps between evaluations on the held-out text", minimum=1)
     patience: int = setting(5, help="evaluations without improvement to stop after; 0 never stops", minimum=0)
+    window_dropout: float = setting(
+        0.0,
+        help="chance of a shorter window, so that the linear part must work; falls to 0 by the end",
+        minimum=0,
+        maximum=1,
+    )
 
     def check(self) -> Iterator[str]:
         """A stage with tokens has at least one step."""
@@ -161,7 +167,10 @@ class LossSettings(Section):
 class FinetuneSettings(StageSettings):
     """Stage 2: the whole model learns the text again, by LoRA and the learned maps."""
 
-    lr: float = setting(2e-4, help="peak learning rate of LoRA", above=0)
+    train: Literal["lora", "layers"] = setting(
+        "lora", help="lora; or layers: every weight but embeddings and output head (16 bytes more a weight)"
+    )
+    lr: float = setting(2e-4, help="peak learning rate of LoRA, or of the layers' weights", above=0)
     maps_lr: float = setting(1e-3, help="peak learning rate of maps, centres and gates; 0 freezes", minimum=0)
     lora: LoraSettings = field(default_factory=LoraSettings)
     loss: LossSettings = field(default_factory=LossSettings)
@@ -257,6 +266,8 @@ class Recipe(Section):
                 "attention.feature_map.name: none leaves nothing to calibrate or match; set calibrate.sequences and "
                 "match.tokens to 0"
             )
+        if self.attention.feature_map.name == "none" and self.finetune.window_dropout:
+            yield "finetune.window_dropout: attention.feature_map.name none has no linear part to train; set it to 0"
         exact, length = self.attention.window + self.attention.sinks, self.data.sequence_length
         stages = {"match": self.match, "finetune": self.finetune}
         trained = {name: stage for name, stage in stages.items() if stage.tokens}

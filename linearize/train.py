@@ -19,6 +19,7 @@ import torch
 from .data import PackedSequences, TokenData, batch_indices
 from .errors import TrainingError
 from .run_log import RunLog
+from .variants import dropped_window
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Stage(Protocol):
     """What the loop needs of a stage."""
 
     name: str
+    model: torch.nn.Module
     order: int  # added to the run's seed, so that stages take the sequences in different orders
     groups: list[ParameterGroup]
 
@@ -85,8 +87,9 @@ class _Loop:
         self.tokens_per_step = self.batch_size * data.train.sequence_length
         self.num_steps = math.ceil(settings.tokens / self.tokens_per_step)
         self.optimizer = torch.optim.AdamW(
-            [{"params": g.parameters, "lr": g.lr} for g in stage.groups], weight_decay=settings.weight_decay
-        )
+            [{"params": g.parameters, "lr": g.lr} for g in stage.groups], weight_decay=settings.weight_decay,
+            fused=accelerator.device.type == "cuda",
+        )  # fmt: skip
         self.parameters = [p for g in stage.groups for p in g.parameters]
         self.step, self.bad_evaluations, self.finished = 0, 0, False
         self.first_error, self.best_error, self.best_step, self.best = math.inf, math.inf, 0, None
@@ -115,9 +118,9 @@ class _Loop:
         indices = batch_indices(
             len(self.data.train), batch_size=self.batch_size, step=self.step, seed=self.run.seed + self.stage.order
         )
-        figures = self.run_batches(self.data.train, indices, backward=True)
+        sums = self.sum_batches(self.data.train, indices, backward=True)
         self.reduce_gradients()
-        norms = self.clip(figures)
+        figures, norms = self.clip(sums)
         rate = self.schedule()
         for group, settings in zip(self.optimizer.param_groups, self.stage.groups, strict=True):
             group["lr"] = settings.lr * rate
@@ -130,7 +133,7 @@ class _Loop:
         )  # fmt: skip
 
     def seed_dropout(self) -> None:
-        """Random numbers of a step follow from its number, on every device and process."""
+        """Random numbers of a step (dropout's, the window's) follow from its number, on every device and process."""
         entropy = [self.run.seed, self.stage.order, self.step, self.accelerator.process_index]
         torch.manual_seed(int(numpy.random.SeedSequence(entropy).generate_state(1)[0]))
 
@@ -142,18 +145,37 @@ class _Loop:
         progress = (self.step - warmup) / max(1, self.num_steps - warmup)
         return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
+    def window_dropout(self) -> float:
+        """Chance of a shorter window in a micro-batch: from the recipe's, linearly to 0 at the end of training."""
+        return self.settings.window_dropout * (1 - self.step / self.num_steps)
+
     def run_batches(self, sequences: PackedSequences, indices: list[int], *, backward: bool) -> dict[str, float]:
-        """Figures over all `indices`, this process's share of them run in micro-batches, summed over processes."""
-        terms = sum(self.stage.num_terms(b) for b in _micro_batches(sequences, indices, len(indices)))
+        """`sum_batches` as numbers."""
+        return _numbers(self.sum_batches(sequences, indices, backward=backward))
+
+    def sum_batches(self, sequences: PackedSequences, indices: list[int], *, backward: bool) -> dict[str, torch.Tensor]:
+        """Figures over all `indices`, this process's share of them run in micro-batches, summed over processes.
+
+        Scalars on the device, which is not waited for: all it needs is sent before the first micro-batch runs.
+        """
         mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
-        totals: dict[str, torch.Tensor] = {}
-        for batch in _micro_batches(sequences, mine, self.run.micro_batch):
-            batch = {name: t.to(self.accelerator.device) for name, t in batch.items()}
-            for name, value in self.stage.run(batch, scale=1 / max(terms, 1), backward=backward).items():
-                totals[name] = totals.get(name, 0) + value.detach().double()
+        batches = list(_micro_batches(sequences, mine, self.run.micro_batch))
+        terms = self.num_terms(batches)
+        batches = [{name: t.to(self.accelerator.device) for name, t in batch.items()} for batch in batches]
+        names, total = [], 0
+        for batch in batches:
+            with dropped_window(self.stage.model, self.window_dropout() if backward else 0):
+                figures = self.stage.run(batch, scale=1 / max(terms, 1), backward=backward)
+            names, total = list(figures), total + torch.stack([v.detach().double() for v in figures.values()])
+        totals = dict(zip(names, total, strict=True)) if names else {}
+        return self._sum_over_processes(totals) if self.accelerator.num_processes > 1 else totals
+
+    def num_terms(self, batches: list[dict[str, torch.Tensor]]) -> int:
+        """How many terms the loss sums over, in these batches (on the CPU) and those of the other processes."""
+        terms = sum(self.stage.num_terms(batch) for batch in batches)
         if self.accelerator.num_processes > 1:
-            totals = self._sum_over_processes(totals)
-        return {name: value.item() for name, value in totals.items()}
+            terms = self.accelerator.reduce(torch.tensor(terms, device=self.accelerator.device), "sum").item()
+        return terms
 
     def _sum_over_processes(self, totals):
         """Adds the figures of all processes, of which one may have had no share."""
@@ -172,13 +194,18 @@ class _Loop:
             for parameter, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
                 parameter.grad.copy_(part.view_as(parameter))
 
-    def clip(self, figures) -> dict[str, float]:
-        """Clips each group; the norms before. Raises TrainingError if anything is not finite, and names it."""
+    def clip(self, sums: dict[str, torch.Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+        """Clips each group. Returns the figures of the step, and the groups' norms before, as numbers.
+
+        Here, once a step, the device is waited for. Raises TrainingError if anything is not finite, and names it.
+        """
         norms = {
-            g.name: torch.nn.utils.clip_grad_norm_(g.parameters, self.settings.clip).item() for g in self.stage.groups
+            f"gradient of {g.name}": torch.nn.utils.clip_grad_norm_(g.parameters, self.settings.clip)
+            for g in self.stage.groups
         }
-        self.require_finite(self.step + 1, {**figures, **{f"gradient of {n}": v for n, v in norms.items()}})
-        return norms
+        numbers = _numbers({**sums, **norms})
+        self.require_finite(self.step + 1, numbers)
+        return {n: numbers[n] for n in sums}, {n: numbers[n] for n in norms}
 
     def require_finite(self, step: int, figures: dict[str, float]) -> None:
         bad = sorted(name for name, value in figures.items() if not math.isfinite(value))
@@ -246,6 +273,12 @@ class _Loop:
 def _micro_batches(sequences: PackedSequences, indices: list[int], size: int) -> Iterator[dict[str, torch.Tensor]]:
     for start in range(0, len(indices), size):
         yield sequences.batch(indices[start : start + size])
+
+
+def _numbers(figures: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Scalars of one device, read in one copy."""
+    values = torch.stack([v.double() for v in figures.values()]).tolist() if figures else []
+    return dict(zip(figures, values, strict=True))
 
 
 def _gather_objects(names: list[str]) -> list[list[str]]:

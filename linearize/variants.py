@@ -5,6 +5,8 @@ Each is a context manager; on leaving, the model is as before.
 
 from contextlib import ExitStack, contextmanager, nullcontext
 
+import torch
+
 from .modeling_linearized import LINEARIZED, TEACHER, attention_modules, linear_attentions
 
 
@@ -37,6 +39,20 @@ def ablated_attention(model, *, far=True, window=None, sinks=None):
 
 
 @contextmanager
+def dropped_window(model, p: float):
+    """With probability p, a window of a half, a quarter or an eighth (1 at least) in every converted layer.
+
+    Drawn from torch's default generator, on the CPU. Only these lengths, as each has kernels of its own to compile.
+    """
+    with ExitStack() as stack:
+        if p > 0 and torch.rand(()) < p:
+            window = next(iter(linear_attentions(model).values())).window
+            shorter = max(1, window >> int(torch.randint(1, 4, ())))
+            stack.enter_context(ablated_attention(model, window=shorter))
+        yield model
+
+
+@contextmanager
 def restored_softmax(model, heads: dict[int, list[int]]):
     """Converted layers with the softmax of some kv heads back: {layer: kv heads, numbered in the layer}.
 
@@ -57,10 +73,12 @@ def restored_softmax(model, heads: dict[int, list[int]]):
 
 @contextmanager
 def adapters_off(model):
-    """The base model's own weights, where `model` carries LoRA adapters; otherwise nothing changes."""
+    """The base model's own weights, where `model` carries LoRA adapters or TrainedWeights; else nothing changes."""
     with ExitStack() as stack:
         if hasattr(model, "disable_adapter"):
             stack.enter_context(model.disable_adapter())
+        if hasattr(model, "trained_weights"):
+            stack.enter_context(model.trained_weights.undone())
         yield model
 
 

@@ -23,9 +23,10 @@ data.source data.name data.split data.column data.messages data.sequence_length 
 data.streaming data.seed
 calibrate.sequences
 match.tokens match.batch_tokens match.lr match.warmup match.weight_decay match.clip match.evaluate_every
-match.patience
+match.patience match.window_dropout
 finetune.tokens finetune.batch_tokens finetune.lr finetune.warmup finetune.weight_decay finetune.clip
-finetune.evaluate_every finetune.patience finetune.maps_lr finetune.lora.rank finetune.lora.alpha
+finetune.evaluate_every finetune.patience finetune.window_dropout finetune.train finetune.maps_lr
+finetune.lora.rank finetune.lora.alpha
 finetune.lora.dropout finetune.lora.targets finetune.loss.ce finetune.loss.kl
 run.seed run.device run.micro_batch run.gradient_checkpointing run.checkpoint_every run.trackers
 evaluate.sequences evaluate.sequence_length evaluate.text evaluate.recall_distances evaluate.key_recall_samples
@@ -45,6 +46,12 @@ def problems(*overrides: str) -> list[str]:
     with pytest.raises(RecipeError) as caught:
         read("", overrides)
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+def test_window_dropout_needs_a_linear_part():
+    window_alone = ["attention.feature_map.name=none", "calibrate.sequences=0", "match.tokens=0"]
+    assert any("finetune.window_dropout" in p for p in problems(*window_alone, "finetune.window_dropout=0.5"))
+    assert read("", window_alone).finetune.window_dropout == 0
 
 
 def test_schema_is_what_is_documented():

@@ -84,7 +84,7 @@ def records(folder) -> list[dict]:
 class ToyStage:
     """One parameter that falls by about lr a step; held-out errors are read from a list."""
 
-    name, order = "match", 0
+    name, model, order = "match", None, 0
 
     def __init__(self, errors, *, interrupt_at=None):
         self.parameter = torch.nn.Parameter(torch.zeros(3))
@@ -145,6 +145,52 @@ def test_micro_batches_change_no_figure_and_no_gradient(tmp_path, packing):
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_step_waits_once_and_reads_each_sequence_once(tmp_path, monkeypatch):
+    """Numbers are read off the device in one copy, and the tokens of a step once, whatever the micro-batches."""
+    data, read, waits = make_data(), [], []
+    batch, tolist = PackedSequences.batch, torch.Tensor.tolist
+    loop = make_loop(make_match(), tmp_path, data=data, micro_batch=2)
+    bar = loop.log.progress("match", start=0, total=1)
+    monkeypatch.setattr(PackedSequences, "batch", lambda self, i: read.extend(i) or batch(self, i))
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waits.append("tolist") or tolist(self))
+    for name in ("item", "__float__", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, name=name: pytest.fail(f"waits by {name}"))
+    monkeypatch.setattr(loop.optimizer, "step", lambda: None)  # AdamW keeps its step count on the CPU, and reads it
+    loop.train_step(bar)
+    assert len(read) == len(set(read)) == 4 and waits == ["tolist"]
+
+
+def windows_seen(stage, folder, **settings) -> list[int]:
+    """The windows of the first layer, call by call, while a stage trains."""
+    seen, layer = [], next(iter(linear_attentions(stage.model).values()))
+    layer.register_forward_pre_hook(lambda module, _: seen.append(module.window))
+    run_train(stage, folder, settings=settings_of(evaluate_every=1000, **settings), micro_batch=2)
+    assert seen[0] == layer.window and seen[-1] == layer.window, "held-out text always has the whole window"
+    return seen[1:-1]
+
+
+def test_the_window_is_shorter_at_random_and_ever_more_seldom(tmp_path):
+    stage = make_match(layers=1)
+    seen = windows_seen(stage, tmp_path, steps=60, window_dropout=1.0)
+    assert set(seen) == {5, 2, 1} and len(seen) == 120
+    full = [sum(w == 5 for w in part) for part in (seen[:40], seen[40:80], seen[80:])]
+    assert seen[0] < 5 and full[0] < 14 < full[1] < 27 < full[2], full
+
+
+def test_no_window_is_dropped_unless_asked(tmp_path):
+    assert set(windows_seen(make_match(layers=1), tmp_path, steps=4)) == {5}
+
+
+def test_a_dropped_window_follows_from_the_step(tmp_path):
+    seen = []
+    for asked in (0, 3):
+        stage = make_match(layers=1)
+        torch.rand(asked)
+        (tmp_path / str(asked)).mkdir()
+        seen.append(windows_seen(stage, tmp_path / str(asked), steps=8, window_dropout=0.5))
+    assert seen[0] == seen[1] and len(set(seen[0])) > 1
+
+
 def test_each_layer_is_clipped_alone(tmp_path):
     stage = make_match()
     loop = make_loop(stage, tmp_path, settings=settings_of(clip=0.5))
@@ -152,9 +198,9 @@ def test_each_layer_is_clipped_alone(tmp_path):
         for parameter in group.parameters:
             parameter.grad = torch.full_like(parameter, size)
     before = [p.grad.clone() for p in stage.groups[1].parameters]
-    norms = loop.clip({"loss": 1.0})
+    _, norms = loop.clip({"loss": torch.tensor(1.0)})
     total = torch.cat([p.grad.flatten() for p in stage.groups[0].parameters]).norm().item()
-    assert total == pytest.approx(0.5, rel=1e-4) and norms["layer 0"] > 1000
+    assert total == pytest.approx(0.5, rel=1e-4) and norms["gradient of layer 0"] > 1000
     assert all(torch.equal(p.grad, b) for p, b in zip(stage.groups[1].parameters, before, strict=True))
 
 
