@@ -1,4 +1,4 @@
-"""The command line: `linearize convert | rank-layers | generate | eval | process | bench | report | doctor | recipes`.
+"""The command line: `linearize convert | rank-layers | generate | eval | process | serve | bench | …`.
 
 Only parses and prints; each verb imports what it needs when it runs, so `--help` answers at once. A setting
 of the recipe never becomes an option here: `--set` reaches all of them.
@@ -106,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(verbs)
     _add_eval(verbs)
     _add_process(verbs)
+    _add_serve(verbs)
     _add_bench(verbs)
     report = _verb(verbs, "report", _report, "show the report card of a converted model")
     report.add_argument("folder", metavar="DIR", help="a converted model")
@@ -217,6 +218,14 @@ def _add_process(verbs) -> None:
     parser.set_defaults(if_interrupted="; give the same command again to resume")
 
 
+def _add_serve(verbs) -> None:
+    parser = _verb(verbs, "serve", _serve, "answer OpenAI clients over HTTP (chat and completions, streamed or not)")
+    parser.add_argument("folder", metavar="DIR", help="a converted model; clients name it just so")
+    parser.add_argument("--host", default="localhost", help="default localhost")
+    parser.add_argument("--port", type=_positive, default=8000, metavar="N", help="default 8000")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
+
+
 def _add_bench(verbs) -> None:
     parser = _verb(verbs, "bench", None, "measure speed and memory on this machine", _BENCH_EPILOG)
     actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -278,22 +287,9 @@ def _generate(args: argparse.Namespace) -> None:
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompts]
     from linearize.generation import generate_text
 
-    generate_text(
-        args.folder,
-        prompts=prompts,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        stop=args.stop,
-        chat=args.chat,
-        seed=args.seed,
-        device=args.device,
-        state=args.state,
-        save_state=args.save_state,
-    )
+    names = ("folder", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "chat")
+    names += ("seed", "device", "state", "save_state")
+    generate_text(prompts=prompts, **{name: getattr(args, name) for name in names})
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -324,6 +320,12 @@ def _process(args: argparse.Namespace) -> None:
     names = ("folder", "source", "target", "template", "chat", "prefix", "batch", "max_new_tokens", "device")
     sampling = Sampling(temperature=args.temperature, seed=args.seed)
     process(**{name: getattr(args, name) for name in names}, sampling=sampling)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from linearize.serve import serve
+
+    serve(args.folder, host=args.host, port=args.port, device=args.device)
 
 
 def _bench_kernels(args: argparse.Namespace) -> None:
