@@ -21,6 +21,7 @@ _PUBLIC = {
     "load": "linearize.loading",
     "load_recipe": "linearize.recipe",
     "read": "linearize.state",
+    "save_step": "linearize.export_step",
     "to_yaml": "linearize.recipe",
 }
 __all__ = ["__version__", *_PUBLIC]

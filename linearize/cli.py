@@ -1,4 +1,4 @@
-"""The command line: `linearize convert | rank-layers | sweep | generate | eval | process | bench | ...`.
+"""The command line: `linearize convert | rank-layers | sweep | generate | eval | process | serve | bench | ...`.
 
 Only parses and prints; each verb imports what it needs when it runs, so `--help` answers at once. A setting
 of the recipe never becomes an option here: `--set` reaches all of them.
@@ -12,70 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from linearize import __version__, shipped
+from linearize import cli_examples as examples
 from linearize.errors import LinearizeError
-
-_EPILOG = """\
-from nothing to a converted model:
-  linearize recipes ls                              what there is to start from
-  linearize recipes cp quickstart my.yaml           a recipe of your own
-  linearize convert my.yaml --set match.tokens=1M   convert; the same command again resumes
-  linearize generate runs/my -p "My fellow citizens"
-  linearize eval runs/my --tasks hellaswag,piqa
-"""
-_CONVERT_EPILOG = """\
-examples:
-  linearize convert quickstart                      a shipped recipe
-  linearize convert my.yaml                         your recipe
-  linearize convert HuggingFaceTB/SmolLM2-135M      a model, by the recipe `default`
-  linearize convert ./my-model --set data.source='text/*.jsonl' --set output.folder=out
-  linearize convert my.yaml --set 'attention.keep_softmax.layers=[0, 1]' --dry-run
-  linearize convert my.yaml --set attention.keep_softmax.count=4
-  accelerate launch -m linearize.cli convert my.yaml
-an interrupted conversion resumes when the same command is given again
-"""
-_RANK_EPILOG = """\
-examples:
-  linearize rank-layers my.yaml
-  linearize rank-layers my.yaml --set attention.keep_softmax.unit=kv_head --set attention.keep_softmax.count=12
-calibrates and matches as `convert` would, resuming what is there, and `convert` then goes on from it
-"""
-_SWEEP_EPILOG = """\
-examples:
-  linearize sweep my.yaml --grid attention.feature_map.dim=8,16,24 --grid finetune.lr=1e-3,2e-3
-  linearize sweep quickstart --grid 'attention.keep_softmax.layers=[],[0],[0, 1]' --set match.tokens=1M
-the same command again goes on; runs/NAME.sweep/ gets results.csv, results.png and a folder a variant
-"""
-_GENERATE_EPILOG = """\
-examples:
-  linearize generate runs/my -p "My fellow citizens" --max-new-tokens 100
-  linearize generate runs/my -p "What is a tax?" --chat --temperature 0.7 --top-p 0.9 --seed 1
-  cat book.txt | linearize generate runs/my -p - --save-state book.state     read once, answer nothing yet
-  linearize generate runs/my --state book.state -p "Who is the hero? Answer:"   ask as often as you like
-"""
-_EVAL_EPILOG = """\
-examples:
-  linearize eval runs/my --tasks hellaswag,piqa --limit 200
-  linearize eval runs/my --tasks my_task --include-path my_tasks/ --output results.json
-needs the extra: pip install "linearize[eval]"
-"""
-_BENCH_EPILOG = """\
-examples:
-  linearize bench generation runs/my --against HuggingFaceTB/SmolLM2-135M --output bench
-  linearize bench generation --shape llama-3.1-8b --prompts 8k --batches max --new 256
-  linearize bench kernels --only decode
-"""
-_PROCESS_EPILOG = """\
-examples:
-  linearize process runs/my reviews.jsonl out.jsonl --template "Review: {text}\\nThe sentiment is"
-  linearize process runs/my rows.parquet out.jsonl --chat --template "Name the towns in: {text}" --batch 256
-OUT.errors.jsonl holds the rows that could not be answered; the same command again goes on where it stopped
-"""
-_RECIPES_EPILOG = """\
-examples:
-  linearize recipes ls
-  linearize recipes show quickstart
-  linearize recipes cp llama-3.2-1b my.yaml
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="linearize",
         description="Turn a pretrained Transformer into one whose memory does not grow: sliding-window "
         "softmax, sinks and Taylor linear attention, in a normal Hugging Face folder.",
-        epilog=_EPILOG,
+        epilog=examples.EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"linearize {__version__}")
@@ -113,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(verbs)
     _add_eval(verbs)
     _add_process(verbs)
+    _add_serve(verbs)
     _add_bench(verbs)
     report = _verb(verbs, "report", _report, "show the report card of a converted model, or several side by side")
     report.add_argument("folders", nargs="+", metavar="DIR", help="a converted model")
@@ -131,7 +70,7 @@ def _verb(verbs, name: str, run, help: str, epilog: str = "") -> argparse.Argume
 
 
 def _add_convert(verbs) -> None:
-    parser = _verb(verbs, "convert", _convert, "convert a model by a recipe", _CONVERT_EPILOG)
+    parser = _verb(verbs, "convert", _convert, "convert a model by a recipe", examples.CONVERT_EPILOG)
     _add_recipe(parser)
     parser.add_argument("--dry-run", action="store_true", help="check the recipe and say what would be done")
     parser.add_argument(
@@ -141,13 +80,13 @@ def _add_convert(verbs) -> None:
 
 def _add_rank_layers(verbs) -> None:
     about = "find the layers or kv heads that should stay softmax"
-    parser = _verb(verbs, "rank-layers", _rank_layers, about, _RANK_EPILOG)
+    parser = _verb(verbs, "rank-layers", _rank_layers, about, examples.RANK_EPILOG)
     _add_recipe(parser)
     parser.add_argument("--force", action="store_true", help="start over, without what was matched before")
 
 
 def _add_sweep(verbs) -> None:
-    parser = _verb(verbs, "sweep", _sweep, "convert by every combination of some settings", _SWEEP_EPILOG)
+    parser = _verb(verbs, "sweep", _sweep, "convert by every combination of some settings", examples.SWEEP_EPILOG)
     _add_recipe(parser)
     about = "values of a setting; several grids are multiplied"
     parser.add_argument("--grid", action="append", required=True, metavar="K=V,V", help=about)
@@ -162,7 +101,7 @@ def _add_recipe(parser) -> None:
 
 
 def _add_generate(verbs) -> None:
-    parser = _verb(verbs, "generate", _generate, "continue a text with a converted model", _GENERATE_EPILOG)
+    parser = _verb(verbs, "generate", _generate, "continue a text with a converted model", examples.GENERATE_EPILOG)
     parser.add_argument("folder", metavar="DIR", help="a converted model")
     parser.add_argument(
         "-p",
@@ -190,7 +129,7 @@ def _add_generate(verbs) -> None:
 
 
 def _add_eval(verbs) -> None:
-    parser = _verb(verbs, "eval", _eval, "run lm-eval tasks on a converted model", _EVAL_EPILOG)
+    parser = _verb(verbs, "eval", _eval, "run lm-eval tasks on a converted model", examples.EVAL_EPILOG)
     parser.add_argument("folder", metavar="DIR", help="a converted model, or any other to compare with")
     what = parser.add_argument_group("what to run")
     what.add_argument("--tasks", required=True, type=_names, metavar="A,B", help="lm-eval tasks or groups")
@@ -209,7 +148,7 @@ def _add_eval(verbs) -> None:
 
 
 def _add_process(verbs) -> None:
-    parser = _verb(verbs, "process", _process, "answer every row of a file", _PROCESS_EPILOG)
+    parser = _verb(verbs, "process", _process, "answer every row of a file", examples.PROCESS_EPILOG)
     parser.add_argument("folder", metavar="DIR", help="a converted model, all layers linear")
     parser.add_argument("source", metavar="IN", help=".jsonl, .parquet, or a folder of Dataset.save_to_disk")
     parser.add_argument("target", metavar="OUT.jsonl", help="one line a row, in order")
@@ -224,15 +163,23 @@ def _add_process(verbs) -> None:
     parser.set_defaults(if_interrupted="; give the same command again to resume")
 
 
+def _add_serve(verbs) -> None:
+    parser = _verb(verbs, "serve", _serve, "answer OpenAI clients over HTTP (chat and completions, streamed or not)")
+    parser.add_argument("folder", metavar="DIR", help="a converted model; clients name it just so")
+    parser.add_argument("--host", default="localhost", help="default localhost")
+    parser.add_argument("--port", type=_positive, default=8000, metavar="N", help="default 8000")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
+
+
 def _add_bench(verbs) -> None:
-    parser = _verb(verbs, "bench", None, "measure speed and memory on this machine", _BENCH_EPILOG)
+    parser = _verb(verbs, "bench", None, "measure speed and memory on this machine", examples.BENCH_EPILOG)
     actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     about = "the attention kernels beside their peers; all options go to python -m linearize_kernels.bench"
     # no option is ours, so none is taken for one here
     kernels = actions.add_parser("kernels", help=about, prefix_chars="\0", add_help=False)
     kernels.add_argument("rest", nargs="*")
     kernels.set_defaults(run=_bench_kernels, if_interrupted="")
-    parser = _verb(actions, "generation", _bench_generation, "generation beside a teacher", _BENCH_EPILOG)
+    parser = _verb(actions, "generation", _bench_generation, "generation beside a teacher", examples.BENCH_EPILOG)
     what = parser.add_argument_group("what to measure")
     what.add_argument("folder", nargs="?", metavar="DIR", help="a converted model")
     what.add_argument("--against", metavar="MODEL", help="its teacher: a folder, hub id or GGUF file")
@@ -249,7 +196,7 @@ def _add_bench(verbs) -> None:
 
 
 def _add_recipes(verbs) -> None:
-    parser = _verb(verbs, "recipes", None, "list, show and copy the shipped recipes", _RECIPES_EPILOG)
+    parser = _verb(verbs, "recipes", None, "list, show and copy the shipped recipes", examples.RECIPES_EPILOG)
     actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _verb(actions, "ls", _recipes_ls, "list the shipped recipes")
     show = _verb(actions, "show", _recipes_show, "print a shipped recipe")
@@ -316,6 +263,12 @@ def _process(args: argparse.Namespace) -> None:
     names = ("folder", "source", "target", "template", "chat", "prefix", "batch", "max_new_tokens", "device")
     sampling = Sampling(temperature=args.temperature, seed=args.seed)
     process(**{name: getattr(args, name) for name in names}, sampling=sampling)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from linearize.serve import serve
+
+    serve(args.folder, host=args.host, port=args.port, device=args.device)
 
 
 def _bench_kernels(args: argparse.Namespace) -> None:

@@ -1,4 +1,7 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
+"""Without a GPU, Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported.
+
+Under `pytest -n`, each process keeps to one thread: they share the cores already.
+"""
 
 import os
 
@@ -6,3 +9,5 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)

@@ -136,6 +136,7 @@ def test_options_are_frozen():
         + ["--compile-layers", "--dtype", "--device", "--output"],
         "report": [],
         "doctor": ["--device"],
+        "serve": ["--host", "--port", "--device"],
         "recipes": [],
         "recipes ls": [],
         "recipes show": [],
