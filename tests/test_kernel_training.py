@@ -130,6 +130,10 @@ def test_a_plan_is_made_once_for_all_layers_and_anew_for_other_rows():
     second = plan_rows(20, options["valid"], options["segments"], **sizes)
     assert second is not first and not torch.equal(second.codes, first.codes)
     assert plan_rows(20, options["valid"].clone(), options["segments"], **sizes) is not second
+    valid = options["valid"].clone()
+    with torch.inference_mode():
+        plan_rows(20, valid, None, **sizes)
+    assert not plan_rows(20, valid, None, **sizes).codes.is_inference(), "training could not keep it"
     with torch.inference_mode():
         valid = options["valid"].clone()
         assert torch.equal(plan_rows(20, valid, None, **sizes).codes, plan_rows(20, valid, None, **sizes).codes)

@@ -42,7 +42,8 @@ def plan_rows(length: int, valid, segments, *, window: int, sinks: int) -> Plan:
     """
     global _newest
     given = [x for x in (valid, segments) if x is not None]
-    if any(x.is_inference() for x in given):  # they do not tell whether they were changed
+    # Tensors of inference mode do not tell whether they were changed, and a plan made there serves no backward.
+    if torch.is_inference_mode_enabled() or any(x.is_inference() for x in given):
         return _plan_rows(length, valid, segments, window=window, sinks=sinks)
     key = length, window, sinks, *((id(x), None if x is None else x._version) for x in (valid, segments))
     if _newest[0] != key:
