@@ -188,6 +188,7 @@ def attach(model) -> None:
         config._softmax_implementation = config._attn_implementation
     softmax_config = copy.copy(config)
     softmax_config._attn_implementation = config._softmax_implementation
+    spec.setdefault("kept_heads", [[] for _ in spec["layers"]])  # folders made before heads could be kept
     config._has_softmax = set(modules) != set(spec["layers"]) or any(spec["kept_heads"])
     config._attn_implementation = LINEARIZED
     per_layer = zip(spec["layers"], spec["shapes"], spec["kept_heads"], strict=True)

@@ -215,6 +215,16 @@ def test_a_saved_model_gives_the_same_logits(name, tmp_path):
     assert stored == sum(p.numel() for linear in linear_attentions(model).values() for p in linear.parameters())
 
 
+def test_a_folder_from_before_heads_could_be_kept_loads(tmp_path):
+    model = convert(make_model("llama"))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["linear_attention"]["kept_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokens = make_tokens()
+    assert torch.equal(logits_of(type(model).from_pretrained(tmp_path), tokens), logits_of(model, tokens))
+
+
 def test_a_folder_with_other_kept_heads_than_weights_is_refused(tmp_path):
     converted("one layer").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
