@@ -155,7 +155,7 @@ def _add_process(verbs) -> None:
     parser.add_argument("--template", default="{text}", metavar="TEXT", help="the prompt; columns in braces")
     parser.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
     parser.add_argument("--prefix", default="", metavar="TEXT", help="text before every prompt, read once")
-    parser.add_argument("--batch", type=_positive, default=32, metavar="N", help="rows at once (default 32)")
+    parser.add_argument("--batch", type=_positive, default=None, metavar="N", help="rows at once (default: by memory)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")

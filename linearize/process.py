@@ -1,24 +1,33 @@
 """`linearize process`: one answer a row of a file, many rows at once; a slot is filled again as soon as its row ends.
 
 Rows are answered in any order and written in theirs. What is on the disk says where to go on: after a kill the
-same command loses no row and repeats none. A bad row goes to OUT.errors.jsonl with the reason.
+same command loses no row and repeats none. A bad row goes to OUT.errors.jsonl with the reason. Under
+`accelerate launch` each process takes every n-th row, and the first joins what all have written.
 
 B rows decoded at once (slots)
 """
 
-import heapq
-import json
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
+from datetime import timedelta
+from itertools import islice
+
+import torch
+from tqdm import tqdm
 
 from .decoding import CHECK_EVERY, Decoder
 from .errors import DataError, LinearizeError
 from .loading import load
+from .process_files import Output, read_rows
 from .sampling import Sampling
-from .state import State, read
+from .state import TOKENS_AT_ONCE, State, read
+
+WAIT = timedelta(days=30)  # of a process for the others, whose rows may be longer
+MAX_BATCH = {"cpu": 32, "cuda": 1024}
 
 
 @dataclass
@@ -30,41 +39,85 @@ class _Slot:
     answer: list = field(default_factory=list)
 
 
-def process(folder, source, target, *, template: str = "{text}", chat: bool = False, prefix: str = "", batch: int = 32,
-            max_new_tokens: int = 64, sampling: Sampling | None = None, field_name: str = "output",
-            device: str = "auto", mode: str = "auto") -> dict:  # fmt: skip
+def process(folder, source, target, *, template: str = "{text}", chat: bool = False, prefix: str = "",
+            batch: int | None = None, max_new_tokens: int = 64, sampling: Sampling | None = None,
+            field_name: str = "output", device: str = "auto", mode: str = "auto") -> dict:  # fmt: skip
     """Answers every row of `source` (.jsonl, .parquet or a dataset's folder) into the .jsonl file `target`.
 
-    template: the prompt, with a row's columns in braces. prefix: text before every prompt, read once. An output
-    line is the row with its number as "row" and the answer under `field_name`. Returns counts. Raises DataError
-    for a file or template that does no row any good.
+    template: the prompt, with a row's columns in braces. prefix: text before every prompt, read once. batch: None
+    takes what half of the free memory holds. An output line is the row with its number as "row" and the answer under
+    `field_name`. Returns this process's counts. Raises DataError for a file or template that does no row any good.
     """
-    target, errors = Path(target), Path(f"{target}.errors.jsonl")
-    rows = _read_rows(source)
-    model, tokenizer = load(folder, device=device)
-    start = _resume(target, errors)
-    before = None
-    if prefix:
-        before = read(model, tokenizer(prefix, return_tensors="pt").input_ids)
-    decoder = Decoder(model, batch=batch, sampling=sampling, mode=mode, pad=tokenizer.pad_token_id)
-    work = _Work(model, tokenizer, decoder, before, template, chat, max_new_tokens)
-    counts, began = {"rows": 0, "errors": 0, "tokens": 0, "resumed_at": start}, time.perf_counter()
-    with target.open("a", encoding="utf-8") as good, errors.open("a", encoding="utf-8") as bad:
-        for number, row, result in _in_order(work.run(_from(rows, start)), start):
-            if isinstance(result, LinearizeError):
-                counts["errors"] += 1
-                _write(bad, {"row": number, "error": str(result), "input": row})
-            else:
-                counts["rows"] += 1
-                counts["tokens"] += len(result)
-                text = tokenizer.decode(result, skip_special_tokens=True)
-                _write(good, {**row, "row": number, field_name: text})
-            seconds = time.perf_counter() - began
-            print(f"\r{number + 1:,} rows, {counts['tokens'] / seconds:,.0f} tokens/s", end="", flush=True)
-    print(f"\n{counts['rows']:,} rows answered, {counts['errors']:,} errors; {target}")
-    if not counts["errors"] and not errors.stat().st_size:
-        errors.unlink()
-    return counts
+    total, rows = read_rows(source)
+    processes, rank, world = _processes(device)
+    output = Output(target, rank=rank, world=world)
+    with closing(output):
+        model, tokenizer = load(folder, device=processes.device if processes else device)
+        before = read(model, tokenizer(prefix, return_tensors="pt").input_ids) if prefix else None
+        batch = batch or pick_batch(model, rows=-(-total // world))
+        decoder = Decoder(model, batch=batch, sampling=sampling, mode=mode, pad=tokenizer.pad_token_id)
+        work = _Work(model, tokenizer, decoder, before, template, chat, max_new_tokens)
+        left = ((n, row) for n, row in enumerate(rows) if n % world == rank and not output.is_done(n))
+        done = sum(output.is_done(n) for n in range(rank, total, world))
+        with tqdm(total=len(range(rank, total, world)), initial=done, unit="row", disable=rank > 0) as bar:
+            counts = _answer(work, left, output, bar, tokenizer, field_name)
+    if processes:
+        processes.wait_for_everyone()
+    if rank == 0:
+        output.finish()
+        print(f"{counts['rows']:,} rows answered, {counts['errors']:,} errors, {counts['tokens_s']:,.0f} tokens/s; "
+              f"{target}" + (f" (the first of {world} processes)" if world > 1 else ""))  # fmt: skip
+    return {**counts, "resumed_at": output.start}
+
+
+def _answer(work, left: Iterator, output: Output, bar, tokenizer, field_name: str) -> dict:
+    """Writes an answer or error for each (number, row), in order, and counts them."""
+    counts, began = {"rows": 0, "errors": 0, "tokens": 0}, time.perf_counter()
+    for number, row, result in _in_order(work.run, left):
+        if isinstance(result, LinearizeError):
+            counts["errors"] += 1
+            output.write_error({"row": number, "error": str(result), "input": row})
+        else:
+            counts["rows"] += 1
+            counts["tokens"] += len(result)
+            text = tokenizer.decode(result, skip_special_tokens=True)
+            output.write({**row, "row": number, field_name: text})
+        counts["tokens_s"] = counts["tokens"] / (time.perf_counter() - began)
+        bar.set_postfix_str(f"{counts['tokens_s']:,.0f} tokens/s", refresh=False)
+        bar.update()
+    return {"tokens_s": 0.0, **counts}
+
+
+def _processes(device: str):
+    """(accelerate's PartialState or None, this process's number, how many there are)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None, 0, 1
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu", timeout=WAIT)
+    return state, state.process_index, state.num_processes
+
+
+@torch.no_grad()
+def pick_batch(model, *, rows: int) -> int:
+    """The most rows at once, a power of two, that half of the free memory holds; no more than there are rows need.
+
+    A row costs its state three times (in use, being replaced, being read) and logits in float32 four times.
+    """
+    state = read(model, torch.zeros(1, 1, dtype=torch.long)).num_bytes()
+    each = 3 * state + 4 * 4 * model.config.get_text_config().vocab_size
+    batch, limit = 1, MAX_BATCH.get(model.device.type, MAX_BATCH["cpu"])
+    while batch < min(limit, rows) and 2 * batch * each <= free_bytes(model.device) / 2:
+        batch *= 2
+    return batch
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
 
 
 class _Work:
@@ -79,39 +132,43 @@ class _Work:
     def run(self, rows: Iterator) -> Iterator:
         """Yields (number, row, new token ids or a LinearizeError) as rows end."""
         while True:
-            for index, slot in enumerate(self.slots):
-                while slot is None and (numbered := next(rows, None)) is not None:
-                    number, row = numbered
-                    try:
-                        state = self._read(row)
-                    except LinearizeError as error:
-                        yield number, row, error
-                        continue
-                    slot = self.slots[index] = _Slot(number, row)
-                    self._add(slot, [self.decoder.replace(index, state, seed=number)])
-                    if self._ended(slot):
-                        yield number, row, slot.answer
-                        slot = self.slots[index] = None
+            while (free := self.slots.count(None)) and (some := list(islice(rows, free))):
+                yield from self._fill(some)
             if not any(self.slots):
                 return
             tokens = self.decoder.decode_n(CHECK_EVERY).tolist()
             for index, slot in enumerate(self.slots):
                 if slot is not None:
-                    self._add(slot, tokens[index])
-                    if self._ended(slot):
-                        self.slots[index] = None
-                        yield slot.number, slot.row, slot.answer
+                    yield from self._add(index, tokens[index])
 
-    def _add(self, slot: _Slot, tokens) -> None:
+    def _fill(self, rows) -> Iterator:
+        """Reads the prompts of (number, row), those of like length together, into free slots."""
+        prompts = []
+        for number, row in rows:
+            try:
+                prompts.append((self._tokens(row), _Slot(number, row)))
+            except LinearizeError as error:
+                yield number, row, error
+        for group in groups_of_like_length(prompts):
+            ids, mask = _pad_left([ids for ids, _ in group], self.decoder.pad.item())
+            state = read(self.model, ids, mask, state=self.before)
+            for i, (_, slot) in enumerate(group):
+                index = self.slots.index(None)
+                self.slots[index] = slot
+                yield from self._add(index, [self.decoder.replace(index, state.select([i]), seed=slot.number)])
+
+    def _add(self, index: int, tokens) -> Iterator:
+        """Adds new tokens to a slot's answer; yields it, and frees the slot, where it has ended."""
+        slot = self.slots[index]
         for token in tokens:
-            if not self._ended(slot):
-                slot.answer.append(token)
+            slot.answer.append(token)
+            if token in self.ends or len(slot.answer) >= self.max_new_tokens:
+                self.slots[index] = None
+                yield slot.number, slot.row, slot.answer
+                return
 
-    def _ended(self, slot: _Slot) -> bool:
-        return len(slot.answer) >= self.max_new_tokens or bool(slot.answer) and slot.answer[-1] in self.ends
-
-    def _read(self, row) -> State:
-        """The state after a row's prompt. Raises DataError for a row that makes none."""
+    def _tokens(self, row) -> list[int]:
+        """The token ids of a row's prompt. Raises DataError for a row that makes none."""
         if not isinstance(row, dict):
             raise DataError(str(row) if isinstance(row, str) else f"not an object but a {type(row).__name__}")
         try:
@@ -121,99 +178,53 @@ class _Work:
             raise DataError(f"the template asks for {error}; the row's columns are {columns}") from error
         if self.chat:
             message = [{"role": "user", "content": prompt}]
-            ids = self.tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            ).input_ids
+            ids = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True).input_ids
         else:
-            options = {"add_special_tokens": self.before is None}
-            ids = self.tokenizer(prompt, return_tensors="pt", **options).input_ids
-        if not prompt.strip() or ids.shape[1] == 0:
+            ids = self.tokenizer(prompt, add_special_tokens=self.before is None).input_ids
+        if not prompt.strip() or len(ids) == 0:
             raise DataError("the prompt is empty")
         longest = getattr(self.model.config, "max_position_embeddings", None)
         past = 0 if self.before is None else self.before.tokens.shape[1]
-        if longest and past + ids.shape[1] + self.max_new_tokens > longest:
+        if longest and past + len(ids) + self.max_new_tokens > longest:
             raise DataError(
-                f"{past + ids.shape[1]} tokens and {self.max_new_tokens} new ones are more than the model's "
+                f"{past + len(ids)} tokens and {self.max_new_tokens} new ones are more than the model's "
                 f"{longest} positions"
             )
-        return read(self.model, ids.long(), state=self.before)
+        return ids
 
 
-def _in_order(results: Iterator, first: int) -> Iterator:
-    """The same results by number: one waits for those before it."""
-    waiting, due = [], first
-    for result in results:
-        heapq.heappush(waiting, (result[0], result))
-        while waiting and waiting[0][0] == due:
-            yield heapq.heappop(waiting)[1]
-            due += 1
-    assert not waiting, "a row got lost"
+def groups_of_like_length(prompts) -> Iterator[list]:
+    """(ids, ...) by length, in groups whose padding is at most half, of a bounded number of tokens."""
+    group = []
+    for prompt in sorted(prompts, key=lambda p: len(p[0])):
+        length = len(prompt[0])
+        if group and (length > 2 * len(group[0][0]) or length * (len(group) + 1) > TOKENS_AT_ONCE):
+            yield group
+            group = []
+        group.append(prompt)
+    if group:
+        yield group
 
 
-def _from(rows, start: int) -> Iterator:
-    return ((number, row) for number, row in enumerate(rows) if number >= start)
+def _pad_left(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask) [B, T] int64."""
+    longest = max(map(len, rows))
+    ids = [[pad] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
 
 
-def _read_rows(source) -> Iterator:
-    """Rows in order; a line that is no JSON object comes as the text that says so."""
-    path = Path(source)
-    if path.suffix in (".jsonl", ".json") and path.is_file():
-        return _json_lines(path)
-    import datasets
+def _in_order(run, rows: Iterator) -> Iterator:
+    """The results of run(rows) in the order in which it took the rows: one waits for those before it."""
+    due, waiting = deque(), {}
 
-    if path.suffix == ".parquet" and path.is_file():
-        return iter(datasets.Dataset.from_parquet(str(path)))
-    if (path / "dataset_info.json").is_file():
-        return iter(datasets.load_from_disk(str(path)))
-    raise DataError(f"{source}: no such .jsonl or .parquet file, nor a folder made by Dataset.save_to_disk")
+    def noted():
+        for number, row in rows:
+            due.append(number)
+            yield number, row
 
-
-def _json_lines(path: Path) -> Iterator:
-    with path.open("rb") as file:
-        for line in file:
-            if not line.strip():
-                yield "an empty line"
-                continue
-            try:
-                yield json.loads(line)
-            except ValueError as error:  # bad JSON or bad UTF-8
-                yield f"not JSON: {error}"
-
-
-def _resume(target: Path, errors: Path) -> int:
-    """The first row that is not on the disk. Cuts off a line that was being written when the run was killed.
-
-    Raises DataError for files that this command did not write, which stay as they are.
-    """
-    good, bad = _numbers(target), _numbers(errors)
-    start = len(good) + len(bad)
-    if sorted(good + bad) != list(range(start)) or sorted(good) != good:
-        raise _foreign(target)
-    for path in (target, errors):
-        if path.exists():
-            with path.open("rb+") as file:
-                file.truncate(file.read().rfind(b"\n") + 1)
-    return start
-
-
-def _numbers(path: Path) -> list[int]:
-    """The rows in the whole lines of an output file."""
-    text = path.read_bytes() if path.exists() else b""
-    whole = text[: text.rfind(b"\n") + 1]
-    if not whole and text and not text.startswith(b"{"):
-        raise _foreign(path)
-    try:
-        return [int(json.loads(line)["row"]) for line in whole.splitlines()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _foreign(path) from error
-
-
-def _foreign(path: Path) -> DataError:
-    return DataError(f"{path} holds what this command did not write; give another output file")
-
-
-def _write(file, row: dict) -> None:
-    """One line, on the disk before the next row's is: files never run ahead of each other by more than the last."""
-    file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
+    for result in run(noted()):
+        waiting[result[0]] = result
+        while due and due[0] in waiting:
+            yield waiting.pop(due.popleft())
+    assert not due, "a row got lost"

@@ -6,8 +6,7 @@ import datasets
 import pytest
 from test_export import CHAT, make_tokenizer, save_model
 
-from linearize import cli
-from linearize import process as process_module
+from linearize import cli, process_files
 from linearize.architecture import linearize_
 from linearize.errors import DataError
 from linearize.export import export
@@ -88,7 +87,7 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(folder, tmp_path
     source = write(tmp_path / "in.jsonl", rows)
     options = {"sampling": Sampling(temperature=1.0, seed=5)}
     run(folder, source, tmp_path / "whole.jsonl", **options)
-    write_line = process_module._write
+    write_line = process_files._write
     for stop in range(6):
         target, written = tmp_path / f"{stop}.jsonl", []
 
@@ -100,10 +99,10 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(folder, tmp_path
             written.append(row)
             write_line(file, row)
 
-        monkeypatch.setattr(process_module, "_write", killed)
+        monkeypatch.setattr(process_files, "_write", killed)
         with pytest.raises(KeyboardInterrupt):
             run(folder, source, target, **options)
-        monkeypatch.setattr(process_module, "_write", write_line)
+        monkeypatch.setattr(process_files, "_write", write_line)
         assert run(folder, source, target, **options)["resumed_at"] == stop
         for suffix in ("", ".errors.jsonl"):
             assert lines(tmp_path / f"{stop}.jsonl{suffix}") == lines(tmp_path / f"whole.jsonl{suffix}")

@@ -1,0 +1,150 @@
+"""The files of `linearize process`: rows in, answers out, and which rows are on the disk already.
+
+One process writes straight to OUT and OUT.errors.jsonl. Several write a pair of files each into OUT.parts, which the
+first puts into OUT, in order, when all have ended. Every line says its row, so that what is on the disk tells what is
+left to do, after a kill at any moment and with any number of processes.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sized
+from pathlib import Path
+
+from .errors import DataError
+
+
+def read_rows(source) -> tuple[int, Iterator]:
+    """(number of rows, the rows in order); a line that is no JSON object comes as the text that says so."""
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json") and path.is_file():
+        with path.open("rb") as file:
+            return sum(1 for _ in file), _json_lines(path)
+    import datasets
+
+    rows: Sized | None = None
+    if path.suffix == ".parquet" and path.is_file():
+        rows = datasets.Dataset.from_parquet(str(path))
+    elif (path / "dataset_info.json").is_file():
+        rows = datasets.load_from_disk(str(path))
+    if rows is None:
+        raise DataError(f"{source}: no such .jsonl or .parquet file, nor a folder made by Dataset.save_to_disk")
+    return len(rows), iter(rows)
+
+
+def _json_lines(path: Path) -> Iterator:
+    with path.open("rb") as file:
+        for line in file:
+            if not line.strip():
+                yield "an empty line"
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:  # bad JSON or bad UTF-8
+                yield f"not JSON: {error}"
+
+
+class Output:
+    """Where this process writes, and which rows are done: `start` rows in OUT, and those of `done` in parts.
+
+    rank, world: this process's number, and how many there are. Raises DataError for files that this command did not
+    write, which stay as they are.
+    """
+
+    def __init__(self, target, *, rank: int = 0, world: int = 1):
+        self.target, self.errors = Path(target), Path(f"{target}.errors.jsonl")
+        self.parts = Path(f"{target}.parts")
+        good, bad = ([row for row, *_ in _whole_lines(path)] for path in (self.target, self.errors))
+        self.start = len(good) + len(bad)
+        if sorted(good + bad) != list(range(self.start)) or sorted(good) != good:
+            raise _foreign(self.target)
+        self.done = {row for path in self._part_files() for row, *_ in _whole_lines(path)}
+        mine = self.target, self.errors
+        if world > 1 or self.parts.exists():
+            self.parts.mkdir(exist_ok=True, parents=True)
+            mine = self.parts / f"good-{rank}.jsonl", self.parts / f"bad-{rank}.jsonl"
+        for path in mine:
+            _cut_half_a_line(path)
+        self._good, self._bad = (path.open("a", encoding="utf-8") for path in mine)
+
+    def is_done(self, row: int) -> bool:
+        return row < self.start or row in self.done
+
+    def write(self, row: dict) -> None:
+        """An answered row."""
+        _write(self._good, row)
+
+    def write_error(self, row: dict) -> None:
+        _write(self._bad, row)
+
+    def close(self) -> None:
+        self._good.close()
+        self._bad.close()
+
+    def finish(self) -> None:
+        """One process, when all have closed theirs: parts go into OUT in order. Killed here, it can be done again."""
+        if self.parts.exists():
+            for path in (self.target, self.errors):
+                _cut_half_a_line(path)
+            self._join_parts()
+            shutil.rmtree(self.parts)
+        if self.errors.exists() and not self.errors.stat().st_size:
+            self.errors.unlink()
+
+    def _join_parts(self) -> None:
+        where = {}  # row -> (file, first byte, bytes)
+        for path in self._part_files():
+            where |= {row: (path, *place) for row, *place in _whole_lines(path) if row >= self.start}
+        if sorted(where) != list(range(self.start, self.start + len(where))):
+            raise DataError(f"{self.parts} lacks rows; give the same command again")
+        files = {path: path.open("rb") for path in self._part_files()}
+        with self.target.open("ab") as good, self.errors.open("ab") as bad:
+            for row in sorted(where):
+                path, first, count = where[row]
+                files[path].seek(first)
+                out = bad if path.name.startswith("bad-") else good
+                out.write(files[path].read(count))
+                out.flush()  # so that neither file runs ahead of the other
+            for out in (good, bad):
+                os.fsync(out.fileno())
+        for file in files.values():
+            file.close()
+
+    def _part_files(self) -> list[Path]:
+        return sorted(self.parts.glob("*.jsonl"))
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[int, int, int]]:
+    """(row, first byte, bytes) of each line that ends. Raises DataError for lines that are none of ours."""
+    if not path.exists():
+        return
+    place = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                if place == 0 and not line.startswith(b"{"):
+                    raise _foreign(path)
+                return
+            try:
+                yield int(json.loads(line)["row"]), place, len(line)
+            except (ValueError, KeyError, TypeError) as error:
+                raise _foreign(path) from error
+            place += len(line)
+
+
+def _cut_half_a_line(path: Path) -> None:
+    """Cuts off a line that was being written when the process was killed."""
+    if path.exists():
+        whole = sum(count for _, _, count in _whole_lines(path))
+        os.truncate(path, whole)
+
+
+def _foreign(path: Path) -> DataError:
+    return DataError(f"{path} holds what this command did not write; give another output file")
+
+
+def _write(file, row: dict) -> None:
+    """One line, on the disk before the next row's is: files never run ahead of each other by more than the last."""
+    file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    file.flush()
+    os.fsync(file.fileno())

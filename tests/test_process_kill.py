@@ -1,0 +1,186 @@
+"""`linearize process` killed by SIGKILL while it works, alone and as two processes: no row lost, none twice."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from test_process import folder, lines, run, write  # noqa: F401 (a fixture)
+
+from linearize import process as process_module
+from linearize.errors import DataError
+from linearize.loading import load
+from linearize.process import groups_of_like_length, pick_batch
+from linearize.process_files import Output
+
+COUNT, BAD = 400, (7, 8, 20)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    words = "the old king so a river runs to town red new blue of it and from".split()
+    rows = [{"text": " ".join(words[(i * j) % 15] for j in range(1, 2 + i % 9))} for i in range(COUNT)]
+    for i in BAD:
+        rows[i] = {"other": i}
+    return write(tmp_path_factory.mktemp("rows") / "in.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def whole(folder, rows):  # noqa: F811
+    run(folder, rows, rows.parent / "whole.jsonl", batch=16)
+    return rows.parent / "whole.jsonl"
+
+
+def check(target, whole):
+    for suffix in ("", ".errors.jsonl"):
+        assert lines(Path(f"{target}{suffix}")) == lines(Path(f"{whole}{suffix}"))
+    assert not Path(f"{target}.parts").exists()
+
+
+def start(folder, rows, target, *, launcher=()):  # noqa: F811
+    command = [sys.executable, *launcher, "-m", "linearize.cli", "process", folder, rows, target]
+    command += ["--template", "{text} is", "--batch", "2", "--max-new-tokens", "20", "--device", "cpu"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([str(x) for x in command], env=env, stderr=subprocess.DEVNULL)
+
+
+def kill_after(process, files, count, *, seconds=120):
+    """SIGKILL to the process and its children once each file has so many lines."""
+    for _ in range(100 * seconds):
+        assert process.poll() is None, f"it ended with {process.returncode} before it was killed"
+        if all(f.exists() and f.read_bytes().count(b"\n") >= count for f in files):
+            children = psutil.Process(process.pid).children(recursive=True)  # a launcher's outlive it
+            for each in (process, *children):
+                os.kill(each.pid, signal.SIGKILL)
+            process.wait()
+            psutil.wait_procs(children)
+            return
+        time.sleep(0.01)
+    raise AssertionError("it wrote no rows")
+
+
+def test_killed_alone(folder, rows, whole, tmp_path):  # noqa: F811
+    target = tmp_path / "out.jsonl"
+    kill_after(start(folder, rows, target), [target], 10)
+    counts = run(folder, rows, target, batch=16)
+    assert 10 <= counts["resumed_at"] < COUNT and counts["rows"] + counts["errors"] == COUNT - counts["resumed_at"]
+    check(target, whole)
+
+
+def launcher():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_gone_on_by_two(folder, rows, whole, tmp_path):  # noqa: F811
+    target = tmp_path / "out.jsonl"
+    parts = [Path(f"{target}.parts") / f"good-{i}.jsonl" for i in range(2)]
+    process = start(folder, rows, target, launcher=launcher())
+    kill_after(process, parts, 10)
+    numbers = [{r["row"] for r in whole_rows(p)} for p in parts]
+    assert all(n % 2 == i for i in range(2) for n in numbers[i]), "each every other row"
+    assert not target.exists() and len(numbers[0] | numbers[1]) < COUNT
+    assert start(folder, rows, target, launcher=launcher()).wait(240) == 0
+    check(target, whole)
+
+
+def whole_rows(path):
+    return [json.loads(x) for x in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+# --- files of several processes ----------------------------------------------------------------------------
+
+
+def parts_of(tmp_path, done):
+    """Parts that `len(done)` processes left behind; OUT has rows 0 and 1."""
+    target = tmp_path / "out.jsonl"
+    write(target, [{"row": 0}, {"row": 1}])
+    for rank, numbers in enumerate(done):
+        output = Output(target, rank=rank, world=len(done))
+        for n in numbers:
+            (output.write_error if n == 3 else output.write)({"row": n})
+        output.close()
+    return target
+
+
+def test_one_process_goes_on_where_three_were_killed(tmp_path):
+    target = parts_of(tmp_path, [[6], [4], [2, 3, 5]])
+    with (tmp_path / "out.jsonl.parts" / "good-0.jsonl").open("a") as file:
+        file.write('{"row": 7, "te')
+    output = Output(target)
+    left = [n for n in range(9) if not output.is_done(n)]
+    assert left == [7, 8]
+    for n in left:
+        output.write({"row": n})
+    output.close()
+    output.finish()
+    assert [r["row"] for r in lines(target)] == [0, 1, 2, 4, 5, 6, 7, 8]
+    assert [r["row"] for r in lines(Path(f"{target}.errors.jsonl"))] == [3]
+    assert not Path(f"{target}.parts").exists()
+
+
+def test_killed_while_parts_are_joined(tmp_path):
+    target = parts_of(tmp_path, [[2, 4], [3, 5]])
+    with target.open("a") as file:
+        file.write('{"row": 2}\n{"row": 4')  # row 3, an error, comes before 4
+    output = Output(target)
+    assert all(map(output.is_done, range(6))) and output.start == 3
+    output.close()
+    output.finish()
+    assert [r["row"] for r in lines(target)] == [0, 1, 2, 4, 5]
+    assert [r["row"] for r in lines(Path(f"{target}.errors.jsonl"))] == [3]
+
+
+def test_parts_that_lack_a_row_are_not_joined(tmp_path):
+    target = parts_of(tmp_path, [[2], [5]])
+    before = target.read_bytes()
+    output = Output(target)
+    output.close()
+    with pytest.raises(DataError, match="lacks rows"):
+        output.finish()
+    assert target.read_bytes() == before and Path(f"{target}.parts").exists()
+
+
+# --- reading and batches -----------------------------------------------------------------------------------
+
+
+def test_groups_pad_at_most_half(monkeypatch):
+    monkeypatch.setattr(process_module, "TOKENS_AT_ONCE", 64)
+    prompts = [([0] * n, n) for n in (30, 3, 5, 6, 7, 31, 100, 6, 6, 6, 6, 6, 6, 6)]
+    groups = [[n for _, n in group] for group in groups_of_like_length(prompts)]
+    assert sorted(n for g in groups for n in g) == sorted(n for _, n in prompts)
+    for group in groups:
+        assert group[-1] <= 2 * group[0] and (len(group) == 1 or group[-1] * len(group) <= 64)
+    assert [[g[0], g[-1]] for g in groups] == [[3, 6], [7, 7], [30, 31], [100, 100]]
+
+
+def test_prompts_are_read_together(folder, rows, tmp_path, monkeypatch):  # noqa: F811
+    calls, read = [], process_module.read
+    noted = lambda m, ids, *a, **o: calls.append(tuple(ids.shape)) or read(m, ids, *a, **o)  # noqa: E731
+    monkeypatch.setattr(process_module, "read", noted)
+    source = write(tmp_path / "in.jsonl", [{"text": "so it is " + "a" * i} for i in range(8)])
+    run(folder, source, tmp_path / "out.jsonl", batch=8)
+    assert calls == [(8, 19)]
+
+
+def test_batch_from_free_memory(folder, monkeypatch):  # noqa: F811
+    model, _ = load(folder, device="cpu")
+    sizes = {}
+    for free in (0, 2 * 10**5, 4 * 10**5, 10**12):
+        monkeypatch.setattr(process_module, "free_bytes", lambda device, free=free: free)
+        sizes[free] = pick_batch(model, rows=1000)
+    assert sizes[0] == 1 and sizes[10**12] == process_module.MAX_BATCH["cpu"]
+    assert 1 < sizes[4 * 10**5] < 32 and sizes[2 * 10**5] <= sizes[4 * 10**5]
+    assert pick_batch(model, rows=3) == 4
+    state = process_module.read(model, torch.zeros(1, 1, dtype=torch.long)).num_bytes()
+    assert sizes[4 * 10**5] * state * 3 <= 4 * 10**5 / 2
