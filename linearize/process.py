@@ -28,6 +28,7 @@ from .state import TOKENS_AT_ONCE, State, read
 
 WAIT = timedelta(days=30)  # of a process for the others, whose rows may be longer
 MAX_BATCH = {"cpu": 32, "cuda": 1024}
+LEAST_SHARED = 64  # tokens that prompts must share for these to be read apart
 
 
 @dataclass
@@ -128,6 +129,7 @@ class _Work:
         self.template, self.chat, self.max_new_tokens = template, chat, max_new_tokens
         self.ends = set(decoder.ends.tolist())
         self.slots: list[_Slot | None] = [None] * len(decoder.token)
+        self.shared, self.after_shared = [], None  # token ids after `before` that prompts begin with
 
     def run(self, rows: Iterator) -> Iterator:
         """Yields (number, row, new token ids or a LinearizeError) as rows end."""
@@ -149,13 +151,36 @@ class _Work:
                 prompts.append((self._tokens(row), _Slot(number, row)))
             except LinearizeError as error:
                 yield number, row, error
-        for group in groups_of_like_length(prompts):
-            ids, mask = _pad_left([ids for ids, _ in group], self.decoder.pad.item())
-            state = read(self.model, ids, mask, state=self.before)
+        self._find_shared([ids for ids, _ in prompts])
+        for group, state in self._read(prompts):
             for i, (_, slot) in enumerate(group):
                 index = self.slots.index(None)
                 self.slots[index] = slot
                 yield from self._add(index, [self.decoder.replace(index, state.select([i]), seed=slot.number)])
+
+    def _find_shared(self, prompts: list[list[int]]) -> None:
+        """Reads what many prompts begin with; less of it when a prompt shares only a part that is still worth it."""
+        if self.shared:
+            parts = [os.path.commonprefix([self.shared, ids[:-1]]) for ids in prompts]
+            same = min([self.shared, *(part for part in parts if len(part) >= LEAST_SHARED)], key=len)
+        else:
+            same = os.path.commonprefix([ids[:-1] for ids in prompts])
+        if len(same) >= LEAST_SHARED and same != self.shared:
+            self.shared, self.after_shared = same, read(self.model, torch.tensor([same]), state=self.before)
+
+    def _read(self, prompts) -> Iterator[tuple[list, State]]:
+        """(some of the prompts, the state after each), those of like length together.
+
+        After a state only prompts of one length: padding behind what a window sees would narrow it.
+        """
+        whole, rest, num = [], [], len(self.shared)
+        for ids, slot in prompts:
+            shares = num and len(ids) > num and ids[:num] == self.shared
+            rest.append((ids[num:], slot)) if shares else whole.append((ids, slot))
+        for some, state in ((whole, self.before), (rest, self.after_shared)):
+            for group in groups_of_like_length(some, most=2 if state is None else 1):
+                ids, mask = _pad_left([ids for ids, _ in group], self.decoder.pad.item())
+                yield group, read(self.model, ids, mask, state=state)
 
     def _add(self, index: int, tokens) -> Iterator:
         """Adds new tokens to a slot's answer; yields it, and frees the slot, where it has ended."""
@@ -193,12 +218,12 @@ class _Work:
         return ids
 
 
-def groups_of_like_length(prompts) -> Iterator[list]:
-    """(ids, ...) by length, in groups whose padding is at most half, of a bounded number of tokens."""
+def groups_of_like_length(prompts, *, most: float = 2) -> Iterator[list]:
+    """(ids, ...) by length, in groups of a bounded number of tokens, whose longest is `most` times the shortest."""
     group = []
     for prompt in sorted(prompts, key=lambda p: len(p[0])):
         length = len(prompt[0])
-        if group and (length > 2 * len(group[0][0]) or length * (len(group) + 1) > TOKENS_AT_ONCE):
+        if group and (length > most * len(group[0][0]) or length * (len(group) + 1) > TOKENS_AT_ONCE):
             yield group
             group = []
         group.append(prompt)

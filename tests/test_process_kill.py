@@ -17,7 +17,7 @@ from test_process import folder, lines, run, write  # noqa: F401 (a fixture)
 from linearize import process as process_module
 from linearize.errors import DataError
 from linearize.loading import load
-from linearize.process import groups_of_like_length, pick_batch
+from linearize.process import pick_batch
 from linearize.process_files import Output
 
 COUNT, BAD = 400, (7, 8, 20)
@@ -151,26 +151,7 @@ def test_parts_that_lack_a_row_are_not_joined(tmp_path):
     assert target.read_bytes() == before and Path(f"{target}.parts").exists()
 
 
-# --- reading and batches -----------------------------------------------------------------------------------
-
-
-def test_groups_pad_at_most_half(monkeypatch):
-    monkeypatch.setattr(process_module, "TOKENS_AT_ONCE", 64)
-    prompts = [([0] * n, n) for n in (30, 3, 5, 6, 7, 31, 100, 6, 6, 6, 6, 6, 6, 6)]
-    groups = [[n for _, n in group] for group in groups_of_like_length(prompts)]
-    assert sorted(n for g in groups for n in g) == sorted(n for _, n in prompts)
-    for group in groups:
-        assert group[-1] <= 2 * group[0] and (len(group) == 1 or group[-1] * len(group) <= 64)
-    assert [[g[0], g[-1]] for g in groups] == [[3, 6], [7, 7], [30, 31], [100, 100]]
-
-
-def test_prompts_are_read_together(folder, rows, tmp_path, monkeypatch):  # noqa: F811
-    calls, read = [], process_module.read
-    noted = lambda m, ids, *a, **o: calls.append(tuple(ids.shape)) or read(m, ids, *a, **o)  # noqa: E731
-    monkeypatch.setattr(process_module, "read", noted)
-    source = write(tmp_path / "in.jsonl", [{"text": "so it is " + "a" * i} for i in range(8)])
-    run(folder, source, tmp_path / "out.jsonl", batch=8)
-    assert calls == [(8, 19)]
+# --- batches -----------------------------------------------------------------------------------------------
 
 
 def test_batch_from_free_memory(folder, monkeypatch):  # noqa: F811
