@@ -136,12 +136,17 @@ def read(model, input_ids, attention_mask=None, *, state: State | None = None, c
     """Reads texts after what `state` has read (None: nothing). The given state stays as it is.
 
     input_ids, attention_mask [B, T], padded on the left. A state of one row stands for any number of rows.
-    Raises LinearizeError for an empty or right-padded row.
+    Raises LinearizeError for an empty or right-padded row, and for a padded one after a state.
     """
     input_ids = input_ids.to(model.device)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(model.device)
     if input_ids.shape[1] == 0 or not bool(mask[:, -1].all()):
         raise LinearizeError("every row must end in a token: pad on the left, and give no empty row")
+    if state is not None and not bool(mask.all()):
+        raise LinearizeError(
+            "padding between a state and what follows would narrow the window: read texts of one length together, or "
+            "one by one, and join them with State.join"
+        )
     if state is not None and len(state) != len(input_ids):
         if len(state) != 1:
             raise LinearizeError(f"{len(input_ids)} texts after a state of {len(state)} rows")

@@ -103,3 +103,13 @@ def test_empty_rows_are_refused():
             read(model, ids, mask)
     with pytest.raises(LinearizeError, match="2 texts after a state of 3 rows"):
         read(model, BOOK.expand(2, -1), state=read(model, BOOK.expand(3, -1)))
+
+
+def test_padding_after_a_state_is_refused():
+    """It would stand between the past and the new tokens, and narrow their window without a word."""
+    model = convert(make_model("llama"))
+    state = read(model, make_tokens(1, 9))
+    ids, mask = pad([make_tokens(1, 4)[0], make_tokens(1, 6)[0]])
+    with pytest.raises(LinearizeError, match="narrow the window"):
+        read(model, ids, mask, state=state)
+    assert len(read(model, make_tokens(2, 6), state=state)) == 2
