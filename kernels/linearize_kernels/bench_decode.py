@@ -14,9 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from . import attention_chunked, attention_quadratic
 from .bench_measure import Row, attempt, measure, measure_graph, poison, relative, require_finite
 from .bench_shapes import Cost, Shape, draw
+from .decode import FOLD
 
 OPERATION = "decode a token"
-FOLD = 32
 CHECKED = 70  # tokens compared: more than one fold
 LIMITS = {torch.float32: 1e-2, torch.bfloat16: 2e-2}
 WORKING_SET = 2**27  # bytes of several layers: beyond the 50 to 60 MB of L2 cache of an H100 or H200

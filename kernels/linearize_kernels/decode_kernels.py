@@ -23,23 +23,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def taylor_features(x, stride, pairs, rows, is_row, feature, num_features, DIM: tl.constexpr):
-    """Taylor features of rows of x [., DIM], float32, zero outside. rows, is_row and feature are shaped to
-    broadcast.
-
-    pairs [2, F]: which two entries make a feature; entry DIM stands for 1. A square carries sqrt(1/2).
-    """
-    exists = feature < num_features
-    i = tl.load(pairs + feature, mask=exists, other=DIM)
-    j = tl.load(pairs + num_features + feature, mask=exists, other=DIM)
-    rows = tl.cast(rows, tl.int64) * stride
-    left = tl.load(x + rows + i, mask=is_row & (i < DIM), other=1.0).to(tl.float32)
-    right = tl.load(x + rows + j, mask=is_row & (j < DIM), other=1.0).to(tl.float32)
-    weight = tl.where((i == j) & (i < DIM), 0.7071067811865476, 1.0)
-    return tl.where(is_row & exists, left * right * weight, 0.0)
-
-
-@triton.jit
 def _entries(x, feature, present, DIM: tl.constexpr):
     """The two entries of x whose product is a feature (1 where there is none), float32; not weighted.
 

@@ -197,8 +197,8 @@ def _put_sink_gradients(dk, dv, q, k, v, grad, lse, delta, *, sinks, scale, scal
     sinks = min(sinks, length)
     parts = (triton.cdiv(length, SINK_SPAN), batch, groups, sinks)
     part_k, part_v = (k.new_empty(*parts, size, dtype=torch.float32) for size in (head_dim, value_dim))
-    heads = q.shape[1]
-    gradient_kernels.sink_gradient_kernel[(parts[0], batch * groups, triton.cdiv(sinks, 16))](
+    heads, tiles = q.shape[1], triton.cdiv(sinks, gradient_kernels.SINK_TILE.value)
+    gradient_kernels.sink_gradient_kernel[(parts[0], batch * groups, tiles)](
         q, k, v, grad, lse, delta, part_k, part_v, *_strides(q, k, v, grad),
         length, SINK_SPAN, sinks, heads, heads // groups, scale, scaling,
         D=head_dim, V=value_dim, DP=padded(head_dim), VP=padded(value_dim), BM=32 if q.dtype == torch.float32 else 64,
