@@ -112,6 +112,7 @@ class StageSettings(Section):
         2_000_000, help="tokens to train on (k, M, B: 10^3, 10^6, 10^9); 0 skips", minimum=0
     )
     batch_tokens: int = setting(16_000, help="tokens a step, over all processes", minimum=1)
+    micro_batch: int | None = setting(None, help="sequences a forward pass; null is run.micro_batch", minimum=1)
     lr: float = setting(1e-2, help="peak learning rate", above=0)
     warmup: float = setting(0.05, help="fraction of the steps", minimum=0, maximum=1)
     weight_decay: float = setting(0.0, help="decoupled, as in AdamW", minimum=0)

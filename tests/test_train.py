@@ -131,6 +131,15 @@ def test_every_group_follows_the_schedule_from_its_own_rate(tmp_path):
     assert [g["lr"] for g in state] == pytest.approx([0.04 * 0.55, 0.02 * 0.55])
 
 
+@pytest.mark.parametrize(("of_the_stage", "sizes"), [(None, [3, 1]), (2, [2, 2])])
+def test_a_stage_may_have_micro_batches_of_its_own(tmp_path, of_the_stage, sizes):
+    stage, seen = make_match(), []
+    stage.run = lambda batch, **_: seen.append(len(batch["input_ids"])) or {"loss": torch.zeros(())}
+    loop = make_loop(stage, tmp_path, settings=settings_of(micro_batch=of_the_stage), micro_batch=3)
+    loop.run_batches(loop.data.train, [0, 1, 2, 3], backward=False)
+    assert seen == sizes
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_micro_batches_change_no_figure_and_no_gradient(tmp_path, packing):
     data, seen = make_data(packing=packing), []
