@@ -32,7 +32,6 @@ from .run_log import RunLog, peak_memory_bytes
 from .text_rows import read_text_rows
 from .train import train
 from .trained_weights import TrainedWeights
-from .variants import report_variants
 from .work_folder import open_work
 
 REPORT_FILES = ("report.json", "report.png")
@@ -228,6 +227,7 @@ class _Run:
 
     def _rank(self, keep, count: int, *, whole: bool = False) -> dict:
         """The ranking, on the end of the held-out text (the report card reads its start), saved in the work folder."""
+        from linearize_eval.memory import state_bytes
         from linearize_eval.ranking import Scale, num_sets, rank, save_ranking
 
         total = num_sets(len(units_of(self.model, keep.unit)), count, whole=whole)
@@ -235,7 +235,7 @@ class _Run:
         scale = Scale(
             self.model, self._held_out_rows(from_end=True), distances=self.recipe.rank_distances,
             bos_token_id=self.tokenizer.bos_token_id, batch_size=self.recipe.run.micro_batch,
-            state_bytes=self._state_bytes, on_set=bar.update,
+            state_bytes=lambda length: state_bytes(self.model, length), on_set=bar.update,
         )  # fmt: skip
         ranking = rank(scale, unit=keep.unit, by=keep.by, count=count, whole=whole)
         bar.close()
@@ -271,45 +271,22 @@ class _Run:
 
     def report(self) -> dict | None:
         """The report card, measured by the main process; None where the recipe asks for none."""
-        from linearize_eval.report import load_report, measure_report, save_report
+        from linearize_eval.report import load_report, save_report
+        from linearize_eval.report_card import measure_card
         from linearize_eval.report_text import print_report
 
-        settings = self.recipe.evaluate
-        if not settings.sequences or not self.accelerator.is_main_process:
+        if not self.recipe.evaluate.sequences or not self.accelerator.is_main_process:
             return None
         folder = self.work / "report"
         if not folder.exists():
-            self.model.eval()
-            variants, notes = report_variants(self.model, sinks=self.recipe.attention.sinks)
-            report = measure_report(
-                self.model, self.tokenizer, variants=variants, notes=notes, rows=self._held_out_rows(),
-                window=self.recipe.attention.window, recall_distances=settings.recall_distances,
-                key_recall_samples=settings.key_recall_samples, state_bytes=self._state_bytes, kv_bytes=self._kv_bytes,
-                text=self.text, batch_size=self.recipe.run.micro_batch,
-            )  # fmt: skip
-            report["tasks"] = self._run_tasks(variants)
-            report["memory_peak_bytes"] = peak_memory_bytes()
+            report = measure_card(
+                self.model, self.tokenizer, self.recipe, rows=self._held_out_rows(), text=self.text, log=self.log
+            )
             save_report(report, folder.with_suffix(".tmp"))
             os.replace(folder.with_suffix(".tmp"), folder)
         report = load_report(folder)
         print_report(report)
         return report
-
-    def _run_tasks(self, variants) -> dict:
-        settings = self.recipe.evaluate
-        if not settings.tasks:
-            return {}
-        from linearize_eval.harness import evaluate_model, format_results
-
-        results = {}
-        for name in ("teacher", "converted"):
-            with variants[name]():
-                results[name] = evaluate_model(
-                    self.model, self.tokenizer, tasks=settings.tasks, include_path=settings.task_path,
-                    limit=settings.task_limit,
-                )  # fmt: skip
-            self.log.say(f"{name}:\n{format_results(results[name])}")
-        return results
 
     def _held_out_rows(self, *, from_end: bool = False) -> torch.Tensor:
         """[N, T] int64: the held-out tokens as plain text of the length the report card asks for.
@@ -321,18 +298,6 @@ class _Run:
         length = min(settings.sequence_length, tokens.shape[0])
         rows = tokens[: tokens.shape[0] // length * length].view(-1, length)
         return rows[-RANK_ROWS:] if from_end else rows[: settings.sequences]
-
-    def _state_bytes(self, length: int) -> int:
-        """Of one sequence: converted layers' states, and the KV cache of the layers that stay as they are."""
-        size = self.model.dtype.itemsize
-        layers = linear_attentions(self.model).values()
-        replaced = length * sum(layer.token_bytes(dtype_bytes=size) for layer in layers)
-        return sum(layer.state_bytes(dtype_bytes=size) for layer in layers) + self._kv_bytes(length) - replaced
-
-    def _kv_bytes(self, length: int) -> int:
-        from linearize_eval.memory import kv_cache_bytes
-
-        return kv_cache_bytes(self.model.config, length, self.model.dtype.itemsize)
 
     def export(self, folder: Path, report: dict | None) -> None:
         """Merges LoRA in float32 and writes the folder."""

@@ -201,6 +201,9 @@ class EvaluateSettings(Section):
     key_recall_samples: int = setting(
         32, help="questions a distance, on keys planted in the text; 0 skips", minimum=0
     )
+    key_recall_pairs: list[int] = setting(
+        [4, 8], help="keys and values planted in a text, each number asked for", minimum=2, nonempty=True, unique=True
+    )
     tasks: list[str] = setting([], help="lm-eval tasks (needs the extra: linearize[eval])", unique=True)
     task_path: str | None = setting(None, help="folder of your own lm-eval tasks")
     task_limit: int | None = setting(None, help="examples a task; null is all", minimum=1)
