@@ -133,11 +133,14 @@ class _Run:
         self.model, self.tokenizer = load_teacher(recipe.model, device=self.accelerator.device)
         set_seed(recipe.run.seed)
         linearize_(self.model, recipe.attention)
+        self.window = next(iter(linear_attentions(self.model).values())).window
+        for problem in recipe.window_problems(self.window):  # of an equal_window, which is known now
+            raise RecipeError(problem)
         if recipe.finetune.tokens and recipe.finetune.train == "lora":
             projection_names(self.model, recipe.finetune.lora.targets)  # a wrong name is an error now, not later
         with self.accelerator.main_process_first():
             self.data = self._read_data()
-        self.text = self._read_text()
+        self.text, self.baseline = self._read_text(), self._read_baseline()
         self.log.say(f"text: {self.data.description}")
         self._calibrate()
 
@@ -157,8 +160,16 @@ class _Run:
         )
         return Path(settings.text).name, rows
 
+    def _read_baseline(self) -> dict | None:
+        """The report card in `evaluate.baseline`, read at the start as well."""
+        from linearize_eval.baseline import load_baseline
+
+        folder = self.recipe.evaluate.baseline
+        return None if folder is None else load_baseline(folder)
+
     def _calibrate(self) -> None:
         path, count = self.work / "calibrated.safetensors", self.recipe.calibrate.sequences
+        count = count if self.recipe.has_far_term else 0
         layers = torch.nn.ModuleDict({str(i): layer for i, layer in linear_attentions(self.model).items()})
         if path.exists():
             layers.load_state_dict(load_file(path, device=str(self.accelerator.device)))
@@ -179,7 +190,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def match(self) -> None:
-        if self.recipe.match.tokens:
+        if "match" in self.recipe.trained:
             self._train(MatchStage(self.model, self.recipe.match), self.recipe.match)
 
     def choose(self) -> None:
@@ -280,8 +291,9 @@ class _Run:
         folder = self.work / "report"
         if not folder.exists():
             report = measure_card(
-                self.model, self.tokenizer, self.recipe, rows=self._held_out_rows(), text=self.text, log=self.log
-            )
+                self.model, self.tokenizer, self.recipe, rows=self._held_out_rows(), text=self.text,
+                baseline=self.baseline, log=self.log,
+            )  # fmt: skip
             save_report(report, folder.with_suffix(".tmp"))
             os.replace(folder.with_suffix(".tmp"), folder)
         report = load_report(folder)
@@ -308,7 +320,9 @@ class _Run:
             self.model = _merge(self.model)
         files: dict[str, str | Path] = {
             "recipe.yaml": to_yaml(self.recipe),
-            "README.md": model_card(self.recipe, self.results, report_markdown(report) if report else None),
+            "README.md": model_card(
+                self.recipe, self.results, report_markdown(report) if report else None, window=self.window
+            ),
             "log.jsonl": self.work / "log.jsonl",
         }
         if (self.work / "ranking.json").exists():

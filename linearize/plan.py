@@ -87,7 +87,8 @@ def _kept_heads(keep, layers) -> int:
 def _time_line(recipe, model, device) -> str:
     """Floating-point operations over this machine's measured matrix product rate."""
     weights = sum(p.numel() for n, p in model.named_parameters() if "linear_attn" not in n)
-    match = recipe.match.tokens * 2 * weights * 2.5  # the teacher's forward, and about 1.5 times that in the layers
+    match_tokens = recipe.match.tokens if "match" in recipe.trained else 0
+    match = match_tokens * 2 * weights * 2.5  # the teacher's forward, and about 1.5 times that in the layers
     passes = 6 + (2 if recipe.finetune.loss.kl else 0)
     finetune = recipe.finetune.tokens * weights * (passes + 3)
     seconds = (match + finetune) / _matmul_rate(device)
