@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from .architecture import keep_softmax_, linearize_
 from .calibrate import calibrate
-from .data import TokenData, build_token_data, model_inputs
+from .data import build_token_data
 from .errors import LinearizeError, RecipeError, TrainingError
 from .export import check_free, export
 from .finetune import FinetuneStage, add_lora, projection_names
 from .kept_softmax import evenly_spaced, heads_by_layer, units_of, written_down
+from .lengths import length_of, length_problems, rows_a_forward
 from .loading import load_teacher, pick_device
 from .match import MatchStage
 from .model_card import model_card
@@ -29,6 +30,7 @@ from .modeling_linearized import linear_attentions
 from .plan import plan as plan
 from .recipe import Recipe, to_yaml
 from .run_log import RunLog, peak_memory_bytes
+from .sequences import TokenData, model_inputs
 from .text_rows import read_text_rows
 from .train import train
 from .trained_weights import TrainedWeights
@@ -134,12 +136,17 @@ class _Run:
         set_seed(recipe.run.seed)
         linearize_(self.model, recipe.attention)
         self.window = next(iter(linear_attentions(self.model).values())).window
-        for problem in recipe.window_problems(self.window):  # of an equal_window, which is known now
+        for problem in length_problems(recipe, self.window):  # of an equal_window, which is known now
             raise RecipeError(problem)
         if recipe.finetune.tokens and recipe.finetune.train == "lora":
             projection_names(self.model, recipe.finetune.lora.targets)  # a wrong name is an error now, not later
         with self.accelerator.main_process_first():
             self.data = self._read_data()
+        self.stage_data = {
+            name: self.data.at(stage.sequence_length, name=f"{name}.sequence_length")
+            for name, stage in recipe.trained.items()
+            if stage.sequence_length is not None
+        }
         self.text, self.baseline = self._read_text(), self._read_baseline()
         self.log.say(f"text: {self.data.description}")
         self._calibrate()
@@ -269,9 +276,10 @@ class _Run:
 
     def _train(self, stage, settings) -> None:
         self.log.steps_before = sum(result.num_steps for result in self.results)
+        rows = rows_a_forward(self.recipe, length_of(self.recipe, settings))
         result = train(
-            stage, self.data, settings, run=self.recipe.run, accelerator=self.accelerator, folder=self.work,
-            log=self.log,
+            stage, self.stage_data.get(stage.name, self.data), settings, run=replace(self.recipe.run, micro_batch=rows),
+            accelerator=self.accelerator, folder=self.work, log=self.log,
         )  # fmt: skip
         self.results.append(result)
         self.log.write(**{**asdict(result), "stage": result.name, "done": True})

@@ -8,10 +8,10 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D  # a linear layer with its weight transposed, as in GPT-2
 
-from .data import model_inputs
 from .errors import RecipeError
 from .modeling_linearized import LinearizedAttentionMixin, linear_attentions
 from .output_head import final_states, output_head
+from .sequences import model_inputs
 from .train import ParameterGroup
 from .variants import teacher
 

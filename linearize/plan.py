@@ -6,6 +6,7 @@ import torch
 
 from .architecture import keep_softmax_, linearize_
 from .kept_softmax import evenly_spaced, heads_by_layer, units_of, written_down
+from .lengths import length_of, rows_a_forward
 from .loading import load_teacher_config, pick_device
 from .modeling_linearized import linear_attentions
 from .recipe import Recipe, to_yaml
@@ -68,7 +69,9 @@ def _memory_lines(recipe, keep, model, layers) -> list[str]:
     )
     width = 4 if pick_device(recipe.run.device).type == "cpu" else 2
     weights = sum(p.numel() for p in model.parameters()) * width
-    logits = recipe.run.micro_batch * recipe.data.sequence_length * model.config.get_text_config().vocab_size * width
+    lengths = [recipe.data.sequence_length, *(length_of(recipe, stage) for stage in recipe.trained.values())]
+    tokens = max(rows_a_forward(recipe, length) * length for length in lengths)
+    logits = tokens * model.config.get_text_config().vocab_size * width
     need = (weights + 6 * logits) / 2**30 + 0.8
     return [
         f"state        {state / 2**20:,.2f} MiB a sequence at any length; KV cache it replaces, MiB: {caches} (bf16)",

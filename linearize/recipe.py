@@ -13,6 +13,7 @@ from typing import Literal
 
 from linearize import config, shipped
 from linearize.errors import RecipeError
+from linearize.lengths import length_problems
 from linearize.settings import Section, setting
 
 SHORTEST_COPY = 16  # tokens: over less, copying says nothing (the first eight of a repetition do not count)
@@ -114,6 +115,9 @@ class StageSettings(Section):
         2_000_000, help="tokens to train on (k, M, B: 10^3, 10^6, 10^9); 0 skips", minimum=0
     )
     batch_tokens: int = setting(16_000, help="tokens a step, over all processes", minimum=1)
+    sequence_length: int | None = setting(
+        None, help="tokens a sequence in this stage and its evaluation; null is data.sequence_length", minimum=2
+    )
     lr: float = setting(1e-2, help="peak learning rate", above=0)
     warmup: float = setting(0.05, help="fraction of the steps", minimum=0, maximum=1)
     weight_decay: float = setting(0.0, help="decoupled, as in AdamW", minimum=0)
@@ -184,7 +188,9 @@ class RunSettings(Section):
 
     seed: int = setting(0, help="start values and dropout", minimum=0)
     device: str = setting("auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    micro_batch: int = setting(1, help="sequences a forward pass and process", minimum=1)
+    micro_batch: int = setting(
+        1, help="sequences a forward pass and process; of another length in a stage, as many tokens", minimum=1
+    )
     gradient_checkpointing: bool = setting(False, help="less memory, a second forward pass (finetune)")
     checkpoint_every: int = setting(50, help="steps between checkpoints to resume from", minimum=1)
     trackers: list[str] = setting([], help="accelerate's trackers: tensorboard, wandb, ...", unique=True)
@@ -291,29 +297,7 @@ class Recipe(Section):
         name = self.attention.feature_map.name
         if not self.has_far_term and self.finetune.window_dropout:
             yield f"finetune.window_dropout: attention.feature_map.name {name} has no linear part to train; set it to 0"
-        yield from self.window_problems(self.attention.window)
-        length = self.data.sequence_length
-        forward = self.run.micro_batch * length
-        for name, stage in self.trained.items():
-            if stage.batch_tokens < forward:
-                yield (
-                    f"{name}.batch_tokens: {stage.batch_tokens} must be at least one forward pass, "
-                    f"run.micro_batch x data.sequence_length = {self.run.micro_batch} x {length} = {forward}"
-                )
-
-    def window_problems(self, window: int) -> Iterator[str]:
-        """What is wrong with an exact part of `window` tokens and the sinks, by the lengths of the sequences."""
-        exact, length = window + self.attention.sinks, self.data.sequence_length
-        if (self.trained or self.calibrate.sequences) and exact >= length:
-            yield (
-                f"attention.window: with sinks it covers {exact} tokens, all of data.sequence_length "
-                f"({length}), so nothing would be learned; make the window smaller or the sequences longer"
-            )
-        if self.evaluate.sequences and exact >= self.evaluate.sequence_length:
-            yield (
-                f"evaluate.sequence_length: must be more than attention.window and sinks ({exact}), else the "
-                f"linear attention is never used; is {self.evaluate.sequence_length}"
-            )
+        yield from length_problems(self, self.attention.window)
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -16,9 +16,9 @@ from typing import Protocol
 import numpy
 import torch
 
-from .data import PackedSequences, TokenData, batch_indices
 from .errors import TrainingError
 from .run_log import RunLog
+from .sequences import PackedSequences, TokenData, batch_indices
 from .variants import dropped_window
 
 

@@ -19,12 +19,12 @@ from pico import attention, convert, make_model, make_tokens
 
 from linearize import train as train_module
 from linearize.architecture import linearize_
-from linearize.data import PackedSequences, TokenData
 from linearize.errors import TrainingError
 from linearize.match import MatchStage, relative_error
 from linearize.modeling_linearized import linear_attentions
 from linearize.recipe import MatchSettings, RunSettings
 from linearize.run_log import RunLog
+from linearize.sequences import PackedSequences, TokenData
 from linearize.train import ParameterGroup, _Loop, train
 from linearize.variants import softmax_attention
 
