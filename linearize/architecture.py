@@ -13,7 +13,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from . import modeling_linearized as modeling
 from .errors import ArchitectureError, ModelError, RecipeError
+from .variants import equal_window
 
+EQUAL_WINDOW = "equal_window"  # the feature map's name in a recipe that stands for none and a wider window
 NUM_PROBE_TOKENS = 12
 PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -51,10 +53,20 @@ def linearize_(model, attention):
         "per": attention.feature_map.per,
         "decay": attention.decay,
     }
+    if attention.feature_map.name == EQUAL_WINDOW:
+        spec = _window_alone(spec, dtype_bytes=model.dtype.itemsize)
     _become_linearized(model, spec)
     if logits.device.type != "meta":
         _verify(model, logits)
     return model
+
+
+def _window_alone(spec: dict, *, dtype_bytes: int) -> dict:
+    """The spec without a far term, its window as wide as takes the bytes of the Taylor state it would have had."""
+    with torch.device("meta"):
+        taylor, shapes = {**spec, "feature_map": "taylor"}, zip(spec["shapes"], spec["kept_heads"], strict=True)
+        layers = [modeling.LinearAttention.by_spec(taylor, shape, kept) for shape, kept in shapes]
+    return {**spec, "feature_map": "none", "window": equal_window(layers, dtype_bytes=dtype_bytes)}
 
 
 def probe(model) -> tuple[dict[int, AttentionShape], torch.Tensor]:

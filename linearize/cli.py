@@ -53,8 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_process(verbs)
     _add_serve(verbs)
     _add_bench(verbs)
-    report = _verb(verbs, "report", _report, "show the report card of a converted model, or several side by side")
+    about = "show the report card of a converted model, or several side by side"
+    report = _verb(verbs, "report", _report, about, examples.REPORT_EPILOG)
     report.add_argument("folders", nargs="+", metavar="DIR", help="a converted model")
+    about = "its row in place of the untrained window + sinks: a model converted with feature map equal_window"
+    report.add_argument("--baseline", metavar="DIR", help=about)
     doctor = _verb(verbs, "doctor", _doctor, "say what this machine has and which kernels it runs")
     doctor.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     _add_recipes(verbs)
@@ -288,6 +291,12 @@ def _report(args: argparse.Namespace) -> None:
     from linearize_eval.report import load_report
 
     reports = [load_report(folder) for folder in args.folders]
+    if args.baseline is not None:
+        from linearize_eval.baseline import load_baseline, with_baseline
+
+        if len(reports) > 1:
+            raise LinearizeError("--baseline is a row of one report card; name one folder, or all side by side")
+        reports = [with_baseline(reports[0], load_baseline(args.baseline), args.baseline)]
     if len(reports) == 1:
         from linearize_eval.report_text import print_report
 

@@ -50,6 +50,13 @@ examples:
 needs the extra: pip install "linearize[eval]"
 """
 
+REPORT_EPILOG = """\
+examples:
+  linearize report runs/my                          its card again; with a second folder, side by side
+  linearize convert runs/my/recipe.yaml --set attention.feature_map.name=equal_window --set output.folder=runs/baseline
+  linearize report runs/my --baseline runs/baseline     beside a window of equal bytes, finetuned alike
+"""
+
 BENCH_EPILOG = """\
 examples:
   linearize bench generation runs/my --against HuggingFaceTB/SmolLM2-135M --output bench

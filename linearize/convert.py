@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from .architecture import keep_softmax_, linearize_
 from .calibrate import calibrate
-from .data import TokenData, build_token_data, model_inputs
+from .data import build_token_data
 from .errors import LinearizeError, RecipeError, TrainingError
 from .export import check_free, export
 from .finetune import FinetuneStage, add_lora, projection_names
+from .fused_norms import fused_norms
 from .kept_softmax import evenly_spaced, heads_by_layer, units_of, written_down
+from .lengths import length_problems, rows_a_forward
 from .loading import load_teacher, pick_device
 from .match import MatchStage
 from .model_card import model_card
@@ -29,10 +31,10 @@ from .modeling_linearized import linear_attentions
 from .plan import plan as plan
 from .recipe import Recipe, to_yaml
 from .run_log import RunLog, peak_memory_bytes
+from .sequences import TokenData, model_inputs
 from .text_rows import read_text_rows
 from .train import train
 from .trained_weights import TrainedWeights
-from .variants import report_variants
 from .work_folder import open_work
 
 REPORT_FILES = ("report.json", "report.png")
@@ -134,11 +136,19 @@ class _Run:
         self.model, self.tokenizer = load_teacher(recipe.model, device=self.accelerator.device)
         set_seed(recipe.run.seed)
         linearize_(self.model, recipe.attention)
+        self.window = next(iter(linear_attentions(self.model).values())).window
+        for problem in length_problems(recipe, self.window):  # of an equal_window, which is known now
+            raise RecipeError(problem)
         if recipe.finetune.tokens and recipe.finetune.train == "lora":
             projection_names(self.model, recipe.finetune.lora.targets)  # a wrong name is an error now, not later
         with self.accelerator.main_process_first():
             self.data = self._read_data()
-        self.text = self._read_text()
+        self.stage_data = {
+            name: self.data.at(stage.sequence_length, name=f"{name}.sequence_length")
+            for name, stage in recipe.trained.items()
+            if stage.sequence_length is not None
+        }
+        self.text, self.baseline = self._read_text(), self._read_baseline()
         self.log.say(f"text: {self.data.description}")
         self._calibrate()
 
@@ -158,8 +168,16 @@ class _Run:
         )
         return Path(settings.text).name, rows
 
+    def _read_baseline(self) -> dict | None:
+        """The report card in `evaluate.baseline`, read at the start as well."""
+        from linearize_eval.baseline import load_baseline
+
+        folder = self.recipe.evaluate.baseline
+        return None if folder is None else load_baseline(folder)
+
     def _calibrate(self) -> None:
         path, count = self.work / "calibrated.safetensors", self.recipe.calibrate.sequences
+        count = count if self.recipe.has_far_term else 0
         layers = torch.nn.ModuleDict({str(i): layer for i, layer in linear_attentions(self.model).items()})
         if path.exists():
             layers.load_state_dict(load_file(path, device=str(self.accelerator.device)))
@@ -180,7 +198,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def match(self) -> None:
-        if self.recipe.match.tokens:
+        if "match" in self.recipe.trained:
             self._train(MatchStage(self.model, self.recipe.match), self.recipe.match)
 
     def choose(self) -> None:
@@ -228,6 +246,7 @@ class _Run:
 
     def _rank(self, keep, count: int, *, whole: bool = False) -> dict:
         """The ranking, on the end of the held-out text (the report card reads its start), saved in the work folder."""
+        from linearize_eval.memory import state_bytes
         from linearize_eval.ranking import Scale, num_sets, rank, save_ranking
 
         total = num_sets(len(units_of(self.model, keep.unit)), count, whole=whole)
@@ -235,7 +254,7 @@ class _Run:
         scale = Scale(
             self.model, self._held_out_rows(from_end=True), distances=self.recipe.rank_distances,
             bos_token_id=self.tokenizer.bos_token_id, batch_size=self.recipe.run.micro_batch,
-            state_bytes=self._state_bytes, on_set=bar.update,
+            state_bytes=lambda length: state_bytes(self.model, length), on_set=bar.update,
         )  # fmt: skip
         ranking = rank(scale, unit=keep.unit, by=keep.by, count=count, whole=whole)
         bar.close()
@@ -258,10 +277,12 @@ class _Run:
 
     def _train(self, stage, settings) -> None:
         self.log.steps_before = sum(result.num_steps for result in self.results)
-        result = train(
-            stage, self.data, settings, run=self.recipe.run, accelerator=self.accelerator, folder=self.work,
-            log=self.log,
-        )  # fmt: skip
+        rows = rows_a_forward(self.recipe, settings)
+        with fused_norms(self.model):
+            result = train(
+                stage, self.stage_data.get(stage.name, self.data), settings, accelerator=self.accelerator,
+                run=replace(self.recipe.run, micro_batch=rows), folder=self.work, log=self.log,
+            )  # fmt: skip
         self.results.append(result)
         self.log.write(**{**asdict(result), "stage": result.name, "done": True})
         self.log.say(
@@ -271,45 +292,23 @@ class _Run:
 
     def report(self) -> dict | None:
         """The report card, measured by the main process; None where the recipe asks for none."""
-        from linearize_eval.report import load_report, measure_report, save_report
+        from linearize_eval.report import load_report, save_report
+        from linearize_eval.report_card import measure_card
         from linearize_eval.report_text import print_report
 
-        settings = self.recipe.evaluate
-        if not settings.sequences or not self.accelerator.is_main_process:
+        if not self.recipe.evaluate.sequences or not self.accelerator.is_main_process:
             return None
         folder = self.work / "report"
         if not folder.exists():
-            self.model.eval()
-            variants, notes = report_variants(self.model, sinks=self.recipe.attention.sinks)
-            report = measure_report(
-                self.model, self.tokenizer, variants=variants, notes=notes, rows=self._held_out_rows(),
-                window=self.recipe.attention.window, recall_distances=settings.recall_distances,
-                key_recall_samples=settings.key_recall_samples, state_bytes=self._state_bytes, kv_bytes=self._kv_bytes,
-                text=self.text, batch_size=self.recipe.run.micro_batch,
+            report = measure_card(
+                self.model, self.tokenizer, self.recipe, rows=self._held_out_rows(), text=self.text,
+                baseline=self.baseline, log=self.log,
             )  # fmt: skip
-            report["tasks"] = self._run_tasks(variants)
-            report["memory_peak_bytes"] = peak_memory_bytes()
             save_report(report, folder.with_suffix(".tmp"))
             os.replace(folder.with_suffix(".tmp"), folder)
         report = load_report(folder)
         print_report(report)
         return report
-
-    def _run_tasks(self, variants) -> dict:
-        settings = self.recipe.evaluate
-        if not settings.tasks:
-            return {}
-        from linearize_eval.harness import evaluate_model, format_results
-
-        results = {}
-        for name in ("teacher", "converted"):
-            with variants[name]():
-                results[name] = evaluate_model(
-                    self.model, self.tokenizer, tasks=settings.tasks, include_path=settings.task_path,
-                    limit=settings.task_limit,
-                )  # fmt: skip
-            self.log.say(f"{name}:\n{format_results(results[name])}")
-        return results
 
     def _held_out_rows(self, *, from_end: bool = False) -> torch.Tensor:
         """[N, T] int64: the held-out tokens as plain text of the length the report card asks for.
@@ -322,18 +321,6 @@ class _Run:
         rows = tokens[: tokens.shape[0] // length * length].view(-1, length)
         return rows[-RANK_ROWS:] if from_end else rows[: settings.sequences]
 
-    def _state_bytes(self, length: int) -> int:
-        """Of one sequence: converted layers' states, and the KV cache of the layers that stay as they are."""
-        size = self.model.dtype.itemsize
-        layers = linear_attentions(self.model).values()
-        replaced = length * sum(layer.token_bytes(dtype_bytes=size) for layer in layers)
-        return sum(layer.state_bytes(dtype_bytes=size) for layer in layers) + self._kv_bytes(length) - replaced
-
-    def _kv_bytes(self, length: int) -> int:
-        from linearize_eval.memory import kv_cache_bytes
-
-        return kv_cache_bytes(self.model.config, length, self.model.dtype.itemsize)
-
     def export(self, folder: Path, report: dict | None) -> None:
         """Merges LoRA in float32 and writes the folder."""
         from linearize_eval.report_text import report_markdown
@@ -343,7 +330,9 @@ class _Run:
             self.model = _merge(self.model)
         files: dict[str, str | Path] = {
             "recipe.yaml": to_yaml(self.recipe),
-            "README.md": model_card(self.recipe, self.results, report_markdown(report) if report else None),
+            "README.md": model_card(
+                self.recipe, self.results, report_markdown(report) if report else None, window=self.window
+            ),
             "log.jsonl": self.work / "log.jsonl",
         }
         if (self.work / "ranking.json").exists():

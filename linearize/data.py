@@ -1,7 +1,7 @@
 """Training and held-out sequences: documents are tokenised, packed and kept on disk as memory-mapped tokens.
 
 Whole documents go to one side: first to the held-out one until that is full, then to training. The result is
-cached in a folder whose name is a hash of everything it depends on. B batch, T sequence length.
+cached in a folder whose name is a hash of everything it depends on.
 """
 
 from __future__ import annotations
@@ -13,123 +13,22 @@ import shutil
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from linearize.errors import DataError
-from linearize.sources import Columns, Document, Sources, find_sources, iterate_documents, permutation
+from linearize.sequences import PackedSequences, TokenData
+from linearize.sources import Columns, Document, Sources, find_sources, iterate_documents
 from linearize.sources import find_package_files as find_package_files  # part of this module's interface
-
-IGNORED_LABEL = -100
 
 _FORMAT = 1  # of the cache; raise it when the same settings give other tokens
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1_000_000  # tokenised at once, whichever comes first
-
-
-@dataclass(frozen=True, eq=False)
-class PackedSequences:
-    """Sequences of tokens, by index, from one flat memory-mapped array.
-
-    tokens: uint16 or uint32 [total]. document_starts: int64 [documents], sorted offsets into tokens. With
-    packing, sequence r is tokens[r T : (r + 1) T] (a rest at the end is not used); else it is document r.
-    """
-
-    tokens: np.ndarray
-    document_starts: np.ndarray
-    sequence_length: int
-    packing: bool
-    pad_token_id: int
-
-    def __len__(self) -> int:
-        return len(self.tokens) // self.sequence_length if self.packing else len(self.document_starts)
-
-    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The sequences as int64 tensors [B, T]; labels are not shifted (the model shifts them).
-
-        packing: input_ids, position_ids and labels. Position ids start at 0, and the label is -100, where a
-        document begins and at the start of a row, so that no document is predicted from another.
-        else: input_ids, attention_mask and labels; T is the longest document of the batch, padding is on the
-        right and has label -100. Raises IndexError.
-        """
-        for index in indices:
-            if not 0 <= index < len(self):
-                raise IndexError(f"sequence {index} of {len(self)}")
-        rows = [self._packed_row(int(i)) if self.packing else self._document(int(i)) for i in indices]
-        if not self.packing:
-            return _pad(rows, pad_token_id=self.pad_token_id)
-        names = ("input_ids", "position_ids", "labels")
-        return {name: torch.from_numpy(np.stack([row[i] for row in rows])) for i, name in enumerate(names)}
-
-    def first(self, count: int) -> PackedSequences:
-        """The first `count` sequences, as if reading had stopped there; all, where there are no more."""
-        if count >= len(self):
-            return self
-        end = count * self.sequence_length if self.packing else int(self.document_starts[count])
-        starts = self.document_starts[: np.searchsorted(self.document_starts, end)]
-        return replace(self, tokens=self.tokens[:end], document_starts=starts)
-
-    def _packed_row(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        first = row * self.sequence_length
-        tokens = np.array(self.tokens[first : first + self.sequence_length], dtype=np.int64)
-        begin, end = np.searchsorted(self.document_starts, [first, first + self.sequence_length])
-        is_start = np.zeros(self.sequence_length, dtype=bool)
-        is_start[self.document_starts[begin:end] - first] = True
-        is_start[0] = True
-        places = np.arange(self.sequence_length)
-        positions = places - np.maximum.accumulate(np.where(is_start, places, 0))
-        return tokens, positions, np.where(is_start, IGNORED_LABEL, tokens)
-
-    def _document(self, row: int) -> np.ndarray:
-        end = self.document_starts[row + 1] if row + 1 < len(self) else len(self.tokens)
-        return np.array(self.tokens[self.document_starts[row] : end], dtype=np.int64)
-
-
-def _pad(rows: list[np.ndarray], *, pad_token_id: int) -> dict[str, torch.Tensor]:
-    length = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), length), pad_token_id)
-    mask = torch.zeros_like(input_ids)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.from_numpy(row)
-        mask[i, : len(row)] = 1
-    # From the mask, not from the id: the pad token may be the end-of-text token, which is a target.
-    labels = torch.where(mask.bool(), input_ids, IGNORED_LABEL)
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-
-
-@dataclass(frozen=True, eq=False)
-class TokenData:
-    """Sequences to train on, sequences never trained on, and their counts in words."""
-
-    train: PackedSequences
-    held_out: PackedSequences
-    description: str
-
-
-def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What a model's forward takes of a batch of `PackedSequences`: everything but the labels."""
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}
-
-
-def batch_indices(num_sequences: int, *, batch_size: int, step: int, seed: int) -> list[int]:
-    """The sequences of a step's batch, from the arguments alone: a run resumes exactly, on any number of
-    processes. Every epoch is a seeded permutation of all sequences; a batch may span two (or more) epochs."""
-    assert num_sequences > 0 and batch_size > 0 and step >= 0
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return [
-        int(_epoch(num_sequences, seed, place // num_sequences)[place % num_sequences]) for place in places
-    ]
-
-
-@lru_cache(maxsize=2)
-def _epoch(num_sequences: int, seed: int, epoch: int) -> np.ndarray:
-    return permutation(num_sequences, seed=seed, epoch=epoch)
 
 
 def build_token_data(

@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D  # a linear layer with its weight 
 
 from linearize_kernels import logit_losses
 
-from .data import model_inputs
 from .errors import RecipeError
-from .modeling_linearized import LINEARIZED, LinearizedAttentionMixin, linear_attentions, with_linear_context
+from .modeling_linearized import LinearizedAttentionMixin, linear_attentions
+from .output_head import final_states, output_head
+from .sequences import model_inputs
 from .train import ParameterGroup
 from .variants import teacher
 
@@ -125,29 +126,6 @@ class FinetuneStage:
             states = self.states(inputs)
         self.model.train(training)
         return states
-
-
-def final_states(model, inputs):
-    """[B, T, hidden] that a linearized model, or its teacher, hands to its output head."""
-    if model.config._attn_implementation == LINEARIZED:
-        inputs = {**inputs, **with_linear_context(model, **inputs, use_cache=False)}
-    return model.get_decoder()(**{**inputs, "use_cache": False}).last_hidden_state
-
-
-def output_head(model):
-    """[., hidden] -> logits [., vocabulary] of a model, or None where it does more than is known here."""
-    config, linear = model.config.get_text_config(), model.get_output_embeddings()
-    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere; Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-
-    def head(states):
-        logits = linear(states) * scale if scale != 1 else linear(states)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    probe = {"input_ids": torch.tensor([[0, 1, 2]], device=linear.weight.device)}
-    with torch.no_grad():
-        wanted, got = model(**probe, use_cache=False).logits, head(final_states(model, probe))
-    return head if torch.allclose(got.float(), wanted.float(), rtol=1e-2, atol=1e-3) else None
 
 
 def token_losses(states, labels, teacher=None, head=None):

@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def fused_norms(model):
-    """Inside, every RMSNorm of `model` runs as torch.nn.functional.rms_norm; equal up to rounding, by a probe of each."""
+    """Inside, RMSNorms of `model` run as torch.nn.functional.rms_norm: equal up to rounding, probed one by one."""
     swapped = [m for m in model.modules() if is_rms_norm(m)]
     for module in swapped:
         module.forward = partial(_rms_norm, module)

@@ -50,6 +50,15 @@ class LinearAttention(nn.Module):
         self.decay_logit = nn.Parameter(torch.empty(far_heads, **float32)) if decay else None
         self.reset_parameters()
 
+    @classmethod
+    def by_spec(cls, spec: dict, shape, kept) -> "LinearAttention":
+        """A layer by the config's `linear_attention`: shape (query heads, kv heads, head dim), kv heads `kept`."""
+        heads, kv_heads, head_dim = shape
+        return cls(
+            num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, window=spec["window"], sinks=spec["sinks"],
+            feature_map=spec["feature_map"], map_dim=spec["map_dim"], per=spec["per"], decay=spec["decay"], kept=kept,
+        )  # fmt: skip
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Random maps, no centre, a small constant gate; calibration replaces all of it."""

@@ -9,8 +9,8 @@ B batch, T time, H query heads, D head dim
 
 import torch
 
-from .data import model_inputs
 from .modeling_linearized import linear_attentions, with_linear_context
+from .sequences import model_inputs
 from .train import ParameterGroup
 from .variants import softmax_attention
 

@@ -13,8 +13,8 @@ tags: [linearize, linear-attention]
 # {name}
 
 {base}, converted by [linearize]: its softmax attention was replaced by exact attention on the newest {window} tokens
-and the first {sinks}, plus second-order linear attention ({feature_map}, dimension {dim}) on everything between. Its
-memory does not grow with the text{kept}.
+and the first {sinks}{far}.
+Its memory does not grow with the text{kept}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,8 +38,11 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 """
 
 
-def model_card(recipe: Recipe, results: list[StageResult], report: str | None) -> str:
-    """Markdown; `report` is the report card as markdown, or None where the recipe asked for none."""
+def model_card(recipe: Recipe, results: list[StageResult], report: str | None, *, window: int) -> str:
+    """Markdown; `report` is the report card as markdown, or None where the recipe asked for none.
+
+    window: of the model, which the recipe's may stand for (equal_window).
+    """
     attention = recipe.attention
     keep = attention.keep_softmax
     kept = [f"layers {', '.join(map(str, keep.layers))}"] if keep.layers else []
@@ -47,16 +50,20 @@ def model_card(recipe: Recipe, results: list[StageResult], report: str | None) -
     return _CARD.format(
         name=recipe.name,
         base=PurePath(recipe.model.id).name,
-        window=attention.window,
+        window=window,
         sinks=attention.sinks,
-        feature_map=attention.feature_map.name,
-        dim=attention.feature_map.dim,
+        far=_far(attention.feature_map) if recipe.has_far_term else ", which is all it sees: a baseline",
         kept=f", but for {' and '.join(kept)}, which stayed softmax" if kept else "",
         folder=recipe.output_folder,
         training="\n".join(_stage_line(r) for r in results) or "None: calibrated only.",
         report=report or "Nothing: the recipe asked for no report card (evaluate.sequences: 0).",
         recipe=to_yaml(recipe),
     )
+
+
+def _far(feature_map) -> str:
+    kind = {"taylor": "second-order ", "hedgehog": ""}[feature_map.name]
+    return f", plus {kind}linear attention ({feature_map.name}, dimension {feature_map.dim}) on everything between"
 
 
 def _stage_line(result: StageResult) -> str:

@@ -192,13 +192,9 @@ def attach(model) -> None:
     config._has_softmax = set(modules) != set(spec["layers"]) or any(spec["kept_heads"])
     config._attn_implementation = LINEARIZED
     per_layer = zip(spec["layers"], spec["shapes"], spec["kept_heads"], strict=True)
-    for index, (heads, kv_heads, head_dim), kept in per_layer:
+    for index, shape, kept in per_layer:
         module = modules[index]
-        module.linear_attn = LinearAttention(
-            num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, window=spec["window"],
-            sinks=spec["sinks"], feature_map=spec["feature_map"], map_dim=spec["map_dim"], per=spec["per"],
-            decay=spec["decay"], kept=kept,
-        ).to(next(module.parameters()).device)  # fmt: skip
+        module.linear_attn = LinearAttention.by_spec(spec, shape, kept).to(next(module.parameters()).device)
         module.__class__ = _linearized_attention_class(type(module))
     for index, module in modules.items():
         module.config = config if index in spec["layers"] else softmax_config

@@ -6,6 +6,7 @@ import torch
 
 from .architecture import keep_softmax_, linearize_
 from .kept_softmax import evenly_spaced, heads_by_layer, units_of, written_down
+from .lengths import length_of, rows_a_forward
 from .loading import load_teacher_config, pick_device
 from .modeling_linearized import linear_attentions
 from .recipe import Recipe, to_yaml
@@ -68,7 +69,10 @@ def _memory_lines(recipe, keep, model, layers) -> list[str]:
     )
     width = 4 if pick_device(recipe.run.device).type == "cpu" else 2
     weights = sum(p.numel() for p in model.parameters()) * width
-    logits = recipe.run.micro_batch * recipe.data.sequence_length * model.config.get_text_config().vocab_size * width
+    stages = recipe.trained.values()
+    forwards = [rows_a_forward(recipe, stage) * length_of(recipe, stage) for stage in stages]
+    tokens = max(forwards, default=recipe.run.micro_batch * recipe.data.sequence_length)
+    logits = tokens * model.config.get_text_config().vocab_size * width
     need = (weights + 6 * logits) / 2**30 + 0.8
     return [
         f"state        {state / 2**20:,.2f} MiB a sequence at any length; KV cache it replaces, MiB: {caches} (bf16)",
@@ -87,7 +91,8 @@ def _kept_heads(keep, layers) -> int:
 def _time_line(recipe, model, device) -> str:
     """Floating-point operations over this machine's measured matrix product rate."""
     weights = sum(p.numel() for n, p in model.named_parameters() if "linear_attn" not in n)
-    match = recipe.match.tokens * 2 * weights * 2.5  # the teacher's forward, and about 1.5 times that in the layers
+    match_tokens = recipe.match.tokens if "match" in recipe.trained else 0
+    match = match_tokens * 2 * weights * 2.5  # the teacher's forward, and about 1.5 times that in the layers
     passes = 6 + (2 if recipe.finetune.loss.kl else 0)
     finetune = recipe.finetune.tokens * weights * (passes + 3)
     seconds = (match + finetune) / _matmul_rate(device)

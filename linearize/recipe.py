@@ -13,6 +13,7 @@ from typing import Literal
 
 from linearize import config, shipped
 from linearize.errors import RecipeError
+from linearize.lengths import length_problems
 from linearize.settings import Section, setting
 
 SHORTEST_COPY = 16  # tokens: over less, copying says nothing (the first eight of a repetition do not count)
@@ -32,8 +33,10 @@ class ModelSettings(Section):
 class FeatureMapSettings(Section):
     """The learned map of queries and keys before the linear attention of older tokens."""
 
-    name: Literal["taylor", "hedgehog", "none"] = setting(
-        "taylor", help="taylor: 1 + x + x^2/2; hedgehog: softmax; none: window and sinks alone, the baseline"
+    name: Literal["taylor", "hedgehog", "none", "equal_window"] = setting(
+        "taylor",
+        help="taylor: 1 + x + x^2/2; hedgehog: softmax; none: window and sinks alone; equal_window: the baseline, none "
+        "with the window widened to the bytes that taylor would take",
     )
     dim: int = setting(16, help="width of the map; a Taylor state grows with its square", minimum=1)
     per: Literal["kv_head", "query_head"] = setting(
@@ -112,7 +115,12 @@ class StageSettings(Section):
         2_000_000, help="tokens to train on (k, M, B: 10^3, 10^6, 10^9); 0 skips", minimum=0
     )
     batch_tokens: int = setting(16_000, help="tokens a step, over all processes", minimum=1)
-    micro_batch: int | None = setting(None, help="sequences a forward pass; null is run.micro_batch", minimum=1)
+    sequence_length: int | None = setting(
+        None, help="tokens a sequence in this stage and its evaluation; null is data.sequence_length", minimum=2
+    )
+    micro_batch: int | None = setting(
+        None, help="sequences a forward pass in this stage; null is as many tokens as run.micro_batch", minimum=1
+    )
     lr: float = setting(1e-2, help="peak learning rate", above=0)
     warmup: float = setting(0.05, help="fraction of the steps", minimum=0, maximum=1)
     weight_decay: float = setting(0.0, help="decoupled, as in AdamW", minimum=0)
@@ -183,7 +191,9 @@ class RunSettings(Section):
 
     seed: int = setting(0, help="start values and dropout", minimum=0)
     device: str = setting("auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    micro_batch: int = setting(1, help="sequences a forward pass and process", minimum=1)
+    micro_batch: int = setting(
+        1, help="sequences a forward pass and process; of another length in a stage, as many tokens", minimum=1
+    )
     gradient_checkpointing: bool = setting(False, help="less memory, a second forward pass (finetune)")
     checkpoint_every: int = setting(50, help="steps between checkpoints to resume from", minimum=1)
     trackers: list[str] = setting([], help="accelerate's trackers: tensorboard, wandb, ...", unique=True)
@@ -202,6 +212,12 @@ class EvaluateSettings(Section):
     key_recall_samples: int = setting(
         32, help="questions a distance, on keys planted in the text; 0 skips", minimum=0
     )
+    key_recall_pairs: list[int] = setting(
+        [4, 8], help="keys and values planted in a text, each number asked for", minimum=2, nonempty=True, unique=True
+    )
+    baseline: str | None = setting(
+        None, help="folder of a converted window + sinks alone, the card's last row; null: one that is not trained"
+    )
     tasks: list[str] = setting([], help="lm-eval tasks (needs the extra: linearize[eval])", unique=True)
     task_path: str | None = setting(None, help="folder of your own lm-eval tasks")
     task_limit: int | None = setting(None, help="examples a task; null is all", minimum=1)
@@ -210,6 +226,8 @@ class EvaluateSettings(Section):
         """Settings of tasks come with tasks, and a text with a report card."""
         if self.text is not None and not self.sequences:
             yield "text: is set but sequences is 0, so no report card is made; set sequences"
+        if self.baseline is not None and not self.sequences:
+            yield "baseline: is set but sequences is 0, so no report card is made; set sequences"
         for name in ("task_path", "task_limit"):
             if getattr(self, name) is not None and not self.tasks:
                 yield f"{name}: is set but tasks is empty; name the tasks to run"
@@ -244,6 +262,18 @@ class Recipe(Section):
         return Path(self.output.folder) if self.output.folder else Path("runs") / self.name
 
     @property
+    def has_far_term(self) -> bool:
+        """Whether there is linear attention at all."""
+        return self.attention.feature_map.name not in ("none", "equal_window")
+
+    @property
+    def trained(self) -> dict[str, StageSettings]:
+        """The training stages that have something to do, by name. A baseline without a far term is only finetuned."""
+        stages = {"match": self.match} if self.has_far_term else {}
+        stages["finetune"] = self.finetune
+        return {name: stage for name, stage in stages.items() if stage.tokens}
+
+    @property
     def rank_distances(self) -> list[int]:
         """Distances of copy recall at which layers are ranked: a row holds them, and twice that is not too long."""
         longest = self._longest_rank_distance
@@ -267,28 +297,10 @@ class Recipe(Section):
                 "attention.feature_map.name: none leaves nothing to calibrate or match; set calibrate.sequences and "
                 "match.tokens to 0"
             )
-        if self.attention.feature_map.name == "none" and self.finetune.window_dropout:
-            yield "finetune.window_dropout: attention.feature_map.name none has no linear part to train; set it to 0"
-        exact, length = self.attention.window + self.attention.sinks, self.data.sequence_length
-        stages = {"match": self.match, "finetune": self.finetune}
-        trained = {name: stage for name, stage in stages.items() if stage.tokens}
-        if (trained or self.calibrate.sequences) and exact >= length:
-            yield (
-                f"attention.window: with sinks it covers {exact} tokens, all of data.sequence_length "
-                f"({length}), so nothing would be learned; make the window smaller or the sequences longer"
-            )
-        if self.evaluate.sequences and exact >= self.evaluate.sequence_length:
-            yield (
-                f"evaluate.sequence_length: must be more than attention.window and sinks ({exact}), else the "
-                f"linear attention is never used; is {self.evaluate.sequence_length}"
-            )
-        forward = self.run.micro_batch * length
-        for name, stage in trained.items():
-            if stage.batch_tokens < forward:
-                yield (
-                    f"{name}.batch_tokens: {stage.batch_tokens} must be at least one forward pass, "
-                    f"run.micro_batch x data.sequence_length = {self.run.micro_batch} x {length} = {forward}"
-                )
+        name = self.attention.feature_map.name
+        if not self.has_far_term and self.finetune.window_dropout:
+            yield f"finetune.window_dropout: attention.feature_map.name {name} has no linear part to train; set it to 0"
+        yield from length_problems(self, self.attention.window)
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -16,9 +16,9 @@ from typing import Protocol
 import numpy
 import torch
 
-from .data import PackedSequences, TokenData, batch_indices
 from .errors import TrainingError
 from .run_log import RunLog
+from .sequences import PackedSequences, TokenData, batch_indices
 from .variants import dropped_window
 
 
@@ -159,7 +159,7 @@ class _Loop:
         Scalars on the device, which is not waited for: all it needs is sent before the first micro-batch runs.
         """
         mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
-        batches = list(_micro_batches(sequences, mine, self.settings.micro_batch or self.run.micro_batch))
+        batches = list(_micro_batches(sequences, mine, self.run.micro_batch))
         terms = self.num_terms(batches)
         batches = [{name: t.to(self.accelerator.device) for name, t in batch.items()} for batch in batches]
         names, total = [], 0

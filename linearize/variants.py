@@ -89,26 +89,29 @@ def teacher(model):
         yield model
 
 
-def equal_window(model, *, dtype_bytes: int) -> int:
-    """The window at which window + sinks alone takes the bytes of the converted layers' whole state (rounded up)."""
-    layers = linear_attentions(model).values()
+def equal_window(layers, *, dtype_bytes: int) -> int:
+    """The window at which window + sinks alone takes the bytes of the LinearAttentions' whole state (rounded up)."""
+    layers = list(layers)
     per_token = sum(layer.token_bytes(dtype_bytes=dtype_bytes) for layer in layers)
     state = sum(layer.state_bytes(dtype_bytes=dtype_bytes) for layer in layers)
-    sinks = next(iter(layers)).sinks
-    return -(-state // per_token) - sinks + 1
+    return -(-state // per_token) - layers[0].sinks + 1
 
 
-def report_variants(model, *, sinks: int) -> tuple[dict, dict]:
-    """name -> factory of a context, and name -> note: what the report card measures, in its order."""
-    window = equal_window(model, dtype_bytes=model.dtype.itemsize)
-    variants = {
-        "teacher": lambda: teacher(model),
-        "converted": nullcontext,
-        "far term off": lambda: ablated_attention(model, far=False),
-        "window off": lambda: ablated_attention(model, window=0, sinks=0),
-        "window + sinks": lambda: _untrained_window(model, window),
-    }
-    return variants, {"window + sinks": f"window {window} + {sinks} sinks, untrained, equal bytes"}
+def report_variants(model) -> tuple[dict, dict]:
+    """name -> factory of a context, and name -> note: what the report card measures, in its order.
+
+    A model without a far term has nothing to switch off; it is compared with itself untrained.
+    """
+    layers = list(linear_attentions(model).values())
+    has_far, sinks = layers[0].feature_map != "none", layers[0].sinks
+    window = equal_window(layers, dtype_bytes=model.dtype.itemsize) if has_far else layers[0].window
+    variants = {"teacher": lambda: teacher(model), "converted": nullcontext}
+    if has_far:
+        variants["far term off"] = lambda: ablated_attention(model, far=False)
+        variants["window off"] = lambda: ablated_attention(model, window=0, sinks=0)
+    variants["window + sinks"] = lambda: _untrained_window(model, window)
+    equal = "equal bytes" if has_far else "the same window"
+    return variants, {"window + sinks": f"window {window} + {sinks} sinks, untrained, {equal}"}
 
 
 @contextmanager

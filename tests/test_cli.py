@@ -134,7 +134,7 @@ def test_options_are_frozen():
         "bench kernels": [],
         "bench generation": ["--against", "--shape", "--window", "--prompts", "--new", "--batches", "--sides"]
         + ["--compile-layers", "--dtype", "--device", "--output"],
-        "report": [],
+        "report": ["--baseline"],
         "doctor": ["--device"],
         "serve": ["--host", "--port", "--device"],
         "recipes": [],

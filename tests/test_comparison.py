@@ -30,7 +30,8 @@ def test_the_teacher_comes_once_and_every_folder_has_its_converted_row(report):
     assert heading == ("", "ppl", "<16", "16-128", "KL", "copy@64", "state@1k", "state@8k", "state@32k")
     assert [row[0] for row in rows] == ["teacher", "a", "b"]
     assert rows[1][1] == write_number(report["variants"][1]["perplexity"]) and rows[2][1] == "12.35"
-    assert rows[1][5] == write_number(report["variants"][1]["copy"][0]["perplexity"])
+    copied = report["variants"][1]["copy"][0]
+    assert rows[1][5] == f"{write_number(copied['perplexity'])}±{write_number(copied['error'])}"
     assert rows[0][4] == "0" and rows[2][4] == NOT_FINITE
     assert [row[7] for row in rows] == ["2.0 MiB", "4.9 KiB", "3.0 MiB"]
 

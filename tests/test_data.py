@@ -10,9 +10,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from linearize.data import batch_indices, build_token_data
+from linearize.data import build_token_data
 from linearize.errors import DataError
 from linearize.recipe import DataSettings
+from linearize.sequences import batch_indices
 
 NUM_DOCUMENTS = 60
 CHAT_TEMPLATE = (

@@ -1,5 +1,7 @@
 """Copy recall and key lookup, against models that recall perfectly, wrongly or not at all."""
 
+import math
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -74,7 +76,10 @@ def test_a_perfect_copier_scores_one_and_a_guesser_the_vocabulary(bos):
     (perfect,) = copy_recall(Copier(32), rows, **settings)
     (guesser,) = copy_recall(Copier(32, strength=0.0), rows, **settings)
     (late,) = copy_recall(Copier(33), rows, **settings)
-    assert perfect == {"distance": 32, "perplexity": pytest.approx(1, abs=1e-6), "num_tokens": 4 * 24}
+    assert perfect == {
+        "distance": 32, "perplexity": pytest.approx(1, abs=1e-6), "error": pytest.approx(0, abs=1e-6),
+        "nll_by_row": pytest.approx([0] * 4, abs=1e-6), "num_tokens": 4 * 24,
+    }  # fmt: skip
     assert guesser["perplexity"] == pytest.approx(VOCAB, rel=1e-5)
     assert late["perplexity"] > 1000 * VOCAB
 
@@ -104,6 +109,27 @@ def test_bos_stays_in_front_and_is_not_repeated():
     assert torch.equal(repeated[:, 1:20], repeated[:, 20:])
 
 
+def test_the_error_of_copy_recall_is_over_rows_not_tokens():
+    class GoodAtSomeRows(Copier):
+        def forward(self, input_ids, use_cache):
+            output = super().forward(input_ids, use_cache)
+            output.logits *= input_ids[:, :1, None] % 4 / 40  # by a row's first token
+            return output
+
+    rows = prose_rows(6, 40)
+    first = rows[0, 0] - rows[0, 0] % 4
+    rows[:, 0] = first + torch.tensor([1, 2, 3, 1, 2, 3])
+    (figures,) = copy_recall(GoodAtSomeRows(20, 20.0), rows, distances=[20], batch_size=4)
+    by_row = figures["nll_by_row"]
+    assert len(by_row) == 6 and by_row[0] == pytest.approx(by_row[3]) and by_row[0] > by_row[1] > by_row[2]
+    mean = sum(by_row) / 6
+    deviation = (sum((x - mean) ** 2 for x in by_row) / 5) ** 0.5
+    assert figures["perplexity"] == pytest.approx(math.exp(mean))
+    assert figures["error"] == pytest.approx(math.exp(mean) * deviation / 6**0.5)
+    (alone,) = copy_recall(Copier(20), rows[:1], distances=[20])
+    assert alone["error"] is None, "nothing to judge the noise by"
+
+
 @pytest.mark.parametrize("distance", [SEAM_TOKENS, 21, 0])
 def test_copy_distances_that_do_not_fit_are_refused(distance):
     with pytest.raises(DataError, match="at most the row's 20 tokens"):
@@ -118,6 +144,7 @@ def test_key_samples_are_what_they_say(distance, bos):
     )
     assert len(samples) == 20
     assert {sample.right for sample in samples} == set(range(5))
+    assert len({len(sample.input_ids) for sample in samples}) == 1, "so that they make a batch"
     for sample in samples:
         words = TOKENIZER.convert_ids_to_tokens(sample.input_ids)
         candidates = TOKENIZER.convert_ids_to_tokens(sample.candidates)
@@ -145,6 +172,28 @@ def test_an_oracle_a_guesser_and_an_anti_oracle_score_as_such():
     assert wrong["accuracy"] == 0 and wrong["choice_perplexity"] > 1e6
     assert oracle["chance"] == 0.25 and oracle["num_samples"] == 12 and oracle["distance"] == 64
     assert ask(Copier(65))["accuracy"] == pytest.approx(0.25)  # the distance is exact: one off knows nothing
+
+
+@pytest.mark.parametrize("batch_size", [5, 100])
+def test_questions_in_batches_are_answered_as_one_by_one(batch_size):
+    class Wavering(Copier):
+        """Knows the answer where the text's tokens add up to an even number."""
+
+        lengths = []
+
+        def forward(self, input_ids, use_cache):
+            output = super().forward(input_ids, use_cache)
+            output.logits *= 1 - input_ids.sum(1)[:, None, None] % 2
+            self.lengths.append(len(input_ids))
+            return output
+
+    alone, batched = ask(Wavering(64)), ask(Wavering(64), batch_size=batch_size)
+    assert alone == batched and 0.25 < alone["accuracy"] < 1
+    assert Wavering.lengths == [1] * 12 + ([5, 5, 2] if batch_size == 5 else [12])
+    right = round((alone["accuracy"] * 12 - 3) / 0.75)  # of twelve, the rest guessed among four
+    credit = [1.0] * right + [0.25] * (12 - right)
+    mean = sum(credit) / 12
+    assert alone["error"] == pytest.approx((sum((c - mean) ** 2 for c in credit) / 11 / 12) ** 0.5)
 
 
 def test_the_same_seed_asks_the_same():

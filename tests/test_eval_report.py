@@ -59,16 +59,16 @@ def build_model() -> LlamaForCausalLM:
 
 
 @contextmanager
-def scaled_head(model, factor: float):
-    """The model with its logits times `factor`: another distribution, undone on leaving."""
-    before = model.lm_head.weight.detach().clone()
+def scaled_logits(model, factor: float):
+    """The model with its logits times `factor`, by its last norm: another distribution, undone on leaving."""
+    before = model.model.norm.weight.detach().clone()
     with torch.no_grad():
-        model.lm_head.weight.mul_(factor)
+        model.model.norm.weight.mul_(factor)
     try:
         yield
     finally:
         with torch.no_grad():
-            model.lm_head.weight.copy_(before)
+            model.model.norm.weight.copy_(before)
 
 
 def held_out_rows() -> torch.Tensor:
@@ -78,7 +78,7 @@ def held_out_rows() -> torch.Tensor:
 def measure(model, **settings) -> dict:
     factors = dict(zip(NAMES, (1, 2, 20, 40, 30), strict=True))
     defaults = {
-        "variants": {name: lambda f=factor: scaled_head(model, f) for name, factor in factors.items()},
+        "variants": {name: lambda f=factor: scaled_logits(model, f) for name, factor in factors.items()},
         "notes": NOTES,
         "rows": held_out_rows(),
         "window": 16,
@@ -101,7 +101,7 @@ def test_figures_are_those_of_each_variant(report):
     assert [variant["name"] for variant in report["variants"]] == list(NAMES)
     assert report["edges"] == [1, 16, 128]
     for variant, factor in zip(report["variants"], (1, 2, 20, 40, 30), strict=True):
-        with scaled_head(model, factor):
+        with scaled_logits(model, factor):
             expected = perplexity_by_position(model, rows, edges=[1, 16, 128])
         assert variant["perplexity"] == pytest.approx(expected["perplexity"])
         assert variant["buckets"] == expected["buckets"]
@@ -150,6 +150,36 @@ def test_distances_that_do_not_fit_are_left_out_and_said():
     assert any("240 tokens do not fit the model's 220 positions" in reason for reason in reasons)
     for reason in reasons:
         assert reason in printed(report, 300) and reason in report_markdown(report)
+
+
+def test_several_numbers_of_pairs_are_asked_and_those_that_do_not_fit_are_said():
+    report = measure(build_model(), recall_distances=[64], key_recall_pairs=[2, 3, 12], key_recall_samples=6)
+    for variant in report["variants"]:
+        assert [(key["distance"], key["num_pairs"]) for key in variant["key"]] == [(64, 2), (64, 3)]
+        assert [key["chance"] for key in variant["key"]] == [1 / 2, pytest.approx(1 / 3)]
+    assert len(report["left_out"]) == 1 and "12 planted sentences" in report["left_out"][0]
+    headings = [column.heading for column in table_columns(report)]
+    assert headings[-3:] == ["key2@64", "key3@64", "tokens/s"]
+    key = report["variants"][1]["key"][1]
+    assert f"{100 * key['accuracy']:.0f}%±{100 * key['error']:.0f}%" in printed(report, 300).split()
+
+
+def test_all_texts_go_in_batches_of_as_many_tokens(monkeypatch):
+    model, sizes = build_model(), []
+    real = type(model.model).forward
+
+    def counted(self, input_ids, **kwargs):
+        sizes.append(tuple(input_ids.shape))
+        return real(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", counted)
+    settings = {"recall_distances": [64, 100], "key_recall_samples": 5, "batch_tokens": 400}
+    measure(model, variants={"teacher": nullcontext}, text=("t", held_out_rows()[:, :100]), **settings)
+    sizes = [size for size in sizes if size[1] > 3]  # without the probes of the output head
+    assert sizes[:4] == [(3, 128), (1, 128), (4, 100), (3, 128)], "rows, the text, a copy of 64 tokens"
+    assert {rows * length <= 400 for rows, length in sizes} == {True}
+    keys = [rows for rows, length in sizes if length not in (100, 128, 200)]
+    assert sum(keys) == 10 and len(keys) < 8
 
 
 def test_key_lookup_can_be_left_out():
@@ -295,7 +325,7 @@ def test_rows_within_the_window_judge_nothing():
 
 def test_a_variant_that_blows_up_is_shown_and_saved(tmp_path):
     model = build_model()
-    broken = {"teacher": nullcontext, "converted": lambda: scaled_head(model, float("nan"))}
+    broken = {"teacher": nullcontext, "converted": lambda: scaled_logits(model, float("nan"))}
     report = measure(model, variants=broken | {"far term off": nullcontext, "window + sinks": nullcontext})
     assert report["variants"][1]["perplexity"] is None
     save_report(report, tmp_path)
@@ -378,7 +408,7 @@ def test_kl_is_to_the_teacher_and_the_batch_changes_no_figure(report):
     model, rows = build_model(), held_out_rows()
 
     def log_softmax(factor):
-        with torch.no_grad(), scaled_head(model, factor):
+        with torch.no_grad(), scaled_logits(model, factor):
             return model(rows).logits[:, :-1].double().log_softmax(-1)
 
     reference = log_softmax(1)
@@ -386,7 +416,7 @@ def test_kl_is_to_the_teacher_and_the_batch_changes_no_figure(report):
         expected = (reference.exp() * (reference - log_softmax(factor))).sum(-1).mean().item()
         assert variant["kl"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert report["variants"][0]["kl"] == 0 and report["variants"][1]["kl"] > 0.001
-    batched = measure(build_model(), batch_size=3)  # of four rows
+    batched = measure(build_model(), batch_tokens=3 * 128)  # of four rows
     assert batched["meta"]["batch_size"] == 3
     for one, several in zip(report["variants"], batched["variants"], strict=True):
         assert one["nll_by_row"] == pytest.approx(several["nll_by_row"], rel=1e-5)
@@ -397,9 +427,9 @@ def test_kl_is_to_the_teacher_and_the_batch_changes_no_figure(report):
 def test_perplexity_of_a_text_is_measured_and_shown_beside(report):
     text = torch.randint(0, 120, (3, 100), generator=torch.manual_seed(7))
     model = build_model()
-    with_text = measure(model, text=("wiki.txt", text), batch_size=2)
+    with_text = measure(model, text=("wiki.txt", text), batch_tokens=256)
     for variant, factor in zip(with_text["variants"], (1, 2, 20, 40, 30), strict=True):
-        with scaled_head(model, factor):
+        with scaled_logits(model, factor):
             expected = perplexity_by_position(model, text, edges=[1, 16, 100])
         assert variant["text"]["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
         assert [b["stop"] for b in variant["text"]["buckets"]] == [16, 100]

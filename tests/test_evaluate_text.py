@@ -38,9 +38,9 @@ def test_convert_measures_the_text_in_batches(tmp_path, monkeypatch):
     assert not (tmp_path / "out.work").exists()
     batches, real = [], perplexity.nll_and_kl
 
-    def counted(logits, *rest):
-        batches.append(len(logits))
-        return real(logits, *rest)
+    def counted(states, *rest, **head):
+        batches.append(len(states))
+        return real(states, *rest, **head)
 
     monkeypatch.setattr(perplexity, "nll_and_kl", counted)
     report = load_report(convert(load_recipe(save_recipe(tmp_path, model, text, **changes))))

@@ -17,7 +17,9 @@ PACKAGES = {
 }
 STAGES = {"calibrate", "match", "finetune", "export"}
 # what the command line imports when it starts
-LIGHT = {"__init__", "cli", "cli_examples", "config", "errors", "recipe", "registration", "settings", "shipped"}
+LIGHT = {
+    "__init__", "cli", "cli_examples", "config", "errors", "lengths", "recipe", "registration", "settings", "shipped",
+}  # fmt: skip
 # what the kernels' benchmark may import inside its functions, where it is installed
 BENCH_PEERS = {"fla", "matplotlib"}
 HEAVY = {"torch", "transformers", "numpy", "datasets", "peft", "accelerate", "safetensors", "lm_eval", "gguf"}

@@ -19,12 +19,12 @@ from pico import attention, convert, make_model, make_tokens
 
 from linearize import train as train_module
 from linearize.architecture import linearize_
-from linearize.data import PackedSequences, TokenData
 from linearize.errors import TrainingError
 from linearize.match import MatchStage, relative_error
 from linearize.modeling_linearized import linear_attentions
 from linearize.recipe import MatchSettings, RunSettings
 from linearize.run_log import RunLog
+from linearize.sequences import PackedSequences, TokenData
 from linearize.train import ParameterGroup, _Loop, train
 from linearize.variants import softmax_attention
 
@@ -129,15 +129,6 @@ def test_every_group_follows_the_schedule_from_its_own_rate(tmp_path):
     assert logged == pytest.approx([0.02, 0.04, 0.04, 0.04 * 0.55])
     state = torch.load(tmp_path / "match.pt", weights_only=True)["optimizer"]["param_groups"]
     assert [g["lr"] for g in state] == pytest.approx([0.04 * 0.55, 0.02 * 0.55])
-
-
-@pytest.mark.parametrize(("of_the_stage", "sizes"), [(None, [3, 1]), (2, [2, 2])])
-def test_a_stage_may_have_micro_batches_of_its_own(tmp_path, of_the_stage, sizes):
-    stage, seen = make_match(), []
-    stage.run = lambda batch, **_: seen.append(len(batch["input_ids"])) or {"loss": torch.zeros(())}
-    loop = make_loop(stage, tmp_path, settings=settings_of(micro_batch=of_the_stage), micro_batch=3)
-    loop.run_batches(loop.data.train, [0, 1, 2, 3], backward=False)
-    assert seen == sizes
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -104,8 +104,8 @@ def test_state_bytes_are_those_of_the_state(per, name):
 @pytest.mark.parametrize("dtype_bytes", [2, 4])
 def test_equal_window_is_the_smallest_that_costs_no_less(dtype_bytes):
     _, model = make_models()
-    window = equal_window(model, dtype_bytes=dtype_bytes)
     layers = linear_attentions(model).values()
+    window = equal_window(layers, dtype_bytes=dtype_bytes)
     converted = sum(layer.state_bytes(dtype_bytes=dtype_bytes) for layer in layers)
 
     def kept(window):

@@ -21,10 +21,10 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from linearize.architecture import linearize_
-from linearize.data import PackedSequences, TokenData
 from linearize.match import MatchStage
 from linearize.recipe import AttentionSettings, MatchSettings, RunSettings
 from linearize.run_log import RunLog, peak_memory_bytes
+from linearize.sequences import PackedSequences, TokenData
 from linearize.train import train
 
 SHAPES = {  # of SmolLM2-135M and Llama-3.2-1B

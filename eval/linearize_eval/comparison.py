@@ -11,7 +11,6 @@ from rich.text import Text
 from linearize_eval.perplexity import position_label
 from linearize_eval.report_text import (
     CONVERTED,
-    NOT_FINITE,
     TEACHER,
     Column,
     find_variant,
@@ -38,13 +37,13 @@ def comparison_rows(reports: Mapping[str, dict]) -> list[tuple[str, ...]]:
     rows = [("", *headings, *(f"state@{position_label(length)}" for length in lengths))]
     teachers: list[dict] = []
     for name, report in reports.items():
-        teacher = _figures(find_variant(report, TEACHER), columns[name])
-        if not any(_same(teacher, other) for other in teachers):
+        teacher, converted = (find_variant(report, which) for which in (TEACHER, CONVERTED))
+        figures = _figures(teacher, columns[name])
+        if not any(_same(figures, other) for other in teachers):
             title = f"{TEACHER} of {name}" if teachers else TEACHER
-            rows.append((title, *_cells(teacher, headings, shared), *_bytes(report, "kv_bytes", lengths)))
-            teachers.append(teacher)
-        converted = _figures(find_variant(report, CONVERTED), columns[name])
-        rows.append((name, *_cells(converted, headings, shared), *_bytes(report, "state_bytes", lengths)))
+            rows.append((title, *_cells(teacher, headings, columns[name]), *_bytes(report, "kv_bytes", lengths)))
+            teachers.append(figures)
+        rows.append((name, *_cells(converted, headings, columns[name]), *_bytes(report, "state_bytes", lengths)))
     return rows
 
 
@@ -85,13 +84,8 @@ def _figures(variant: dict, columns: dict[str, Column]) -> dict[str, float | Non
     return {heading: column.figure(variant) for heading, column in columns.items()}
 
 
-def _cells(figures: dict, headings, shared) -> list[str]:
-    found = [figures.get(heading, NOT_MEASURED) for heading in headings]
-    written = []
-    for heading, value in zip(headings, found, strict=True):
-        value = NOT_FINITE if value is None else value
-        written.append(value if isinstance(value, str) else shared[heading].write(value))
-    return written
+def _cells(variant: dict, headings, columns: dict[str, Column]) -> list[str]:
+    return [columns[heading].cell(variant) if heading in columns else NOT_MEASURED for heading in headings]
 
 
 def _bytes(report: dict, key: str, lengths) -> list[str]:

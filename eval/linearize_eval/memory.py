@@ -1,11 +1,15 @@
-"""Bytes of the KV cache that a softmax model keeps for one sequence.
+"""Bytes of the KV cache that a softmax model keeps for one sequence, and the tokens of a forward that memory holds.
 
 G kv heads, D head dim.
 """
 
+import torch
+
 from linearize.errors import ArchitectureError
+from linearize.modeling_linearized import linear_attentions
 
 UNBOUNDED = None
+MOST_TOKENS = 2**16  # of a forward; more of them gain nothing
 # Layers that keep no keys and values. What they keep instead does not grow, and converting leaves it alone.
 WITHOUT_KEYS = ("conv", "linear_attention", "moe", "mlp")
 
@@ -47,3 +51,32 @@ def _layer_windows(config) -> list[int | None]:
             f"{', '.join(unknown)}; known types: {', '.join(windows)}"
         )
     return [windows[layer_type] for layer_type in layer_types]
+
+
+def kv_bytes(model, length: int) -> int:
+    """`kv_cache_bytes` of the model that `model` was before it was converted, in its dtype."""
+    return kv_cache_bytes(model.config, length, model.dtype.itemsize)
+
+
+def state_bytes(model, length: int) -> int:
+    """Of one sequence: converted layers' states, and the KV cache of the layers that stay as they are."""
+    size = model.dtype.itemsize
+    layers = linear_attentions(model).values()
+    replaced = length * sum(layer.token_bytes(dtype_bytes=size) for layer in layers)
+    return sum(layer.state_bytes(dtype_bytes=size) for layer in layers) + kv_bytes(model, length) - replaced
+
+
+def forward_tokens(model, *, least: int) -> int:
+    """Tokens of one forward without gradients and logits that a quarter of free GPU memory holds: `least` or more.
+
+    least: what training took at a time, which fits, as it keeps activations; on a CPU it is the answer, for more gain
+    nothing there. A token is estimated at ten vectors of the hidden size, four of the MLP's and eight float32 ones.
+    """
+    device, config = model.device, model.config.get_text_config()
+    if device.type != "cuda":
+        return least
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    a_token = model.dtype.itemsize * (10 * config.hidden_size + 4 * inner) + 8 * 4 * config.hidden_size
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    return max(least, min(MOST_TOKENS, free // 4 // a_token))

@@ -4,6 +4,7 @@ N rows, T tokens a row, B rows a forward, V vocabulary. A token's position is it
 The token at position 0 has nothing before it and is not predicted, so a row yields T - 1 figures.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 
 from linearize.errors import DataError
+from linearize.output_head import Halves
 
 STANDARD_EDGES = (256, 1024, 4096, 16384, 65536, 262144)
-# Logits turned into float32 at a time. A whole row of them need not fit: 4,096 x 150,000 is 2.4 GB.
+# Logits in memory at a time, in float32. A whole row of them need not fit: 4,096 x 150,000 is 2.4 GB.
 LOGITS_AT_A_TIME = 2**24
 
 
@@ -67,17 +69,19 @@ def token_nll(
     rows: torch.Tensor,
     *,
     batch_size: int = 1,
+    halves: Halves | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Negative log-likelihood of every token but the first of each row, in nats: [N, T - 1], float32, on CPU.
 
-    The logits are those of the model's own full forward, so whatever it does to them (scaling, softcap) is
-    in; the log-softmax is in float32 whatever the model's dtype.
+    The logits are those of the model's own forward, so whatever it does to them (scaling, softcap) is in; they are
+    made a slice at a time (see `nll_and_kl`), and the log-softmax is in float32 whatever the model's dtype.
 
     Args:
-        model: causal LM; `model(input_ids [B, T], use_cache=False).logits` is [B, T, V].
+        model: causal LM of transformers; or any whose `model(input_ids [B, T], use_cache=False).logits` is [B, T, V].
         rows: token ids [N, T], int64, no padding.
         batch_size: rows a forward.
+        halves: of the model, where the caller has them already: to make them takes two short forwards.
         on_batch: called after each of the ceil(N / batch_size) forwards.
 
     Raises DataError if `rows` is empty or not [N, T] with T >= 2.
@@ -88,32 +92,37 @@ def token_nll(
         )
     batches = []
     with evaluation_mode(model):
+        halves = halves or Halves(model)
         for batch in rows.split(batch_size):
             batch = batch.to(model.device)
-            logits = model(batch, use_cache=False).logits
-            batches.append(nll_and_kl(logits, batch)[0].cpu())
+            batches.append(nll_and_kl(halves.states(batch), batch, head=halves.head)[0].cpu())
             on_batch()
     return torch.cat(batches)
 
 
 def nll_and_kl(
-    logits: torch.Tensor, ids: torch.Tensor, reference: torch.Tensor | None = None
+    states: torch.Tensor,
+    ids: torch.Tensor,
+    reference: torch.Tensor | None = None,
+    *,
+    head: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """logits [B, T, V] and the ids [B, T] they were computed from -> NLL and KL of each predicted token.
+    """states [B, T, size] of the ids [B, T] -> NLL and KL of each predicted token.
 
-    Both are [B, T - 1], float32, in nats. KL(reference ‖ model) is None without `reference`, the logits [B, T, V] of
-    the model to compare with. At most LOGITS_AT_A_TIME of either are in float32 at once, whatever their dtype.
+    head: what makes logits [., V] of states (see `Halves`). Both results are [B, T - 1], float32, in nats.
+    KL(reference ‖ model) is None without `reference`, the states [B, T, size] of the model to compare with. At most
+    LOGITS_AT_A_TIME logits of either are in memory at once, in float32 whatever the model's dtype.
     """
-    targets = ids[:, 1:].to(logits.device)
-    step = max(1, LOGITS_AT_A_TIME // (logits.shape[0] * logits.shape[2]))
+    targets = ids[:, 1:].to(states.device)
+    step = max(1, LOGITS_AT_A_TIME // (states.shape[0] * head(states[:1, :1]).shape[-1]))
     nlls, kls = [], []
     for start in range(0, targets.shape[1], step):
         target = targets[:, start : start + step]
         part = slice(start, start + target.shape[1])
-        log_p = logits[:, part].float().log_softmax(-1)
+        log_p = head(states[:, part]).float().log_softmax(-1)
         nlls.append(-log_p.gather(-1, target[..., None])[..., 0])
         if reference is not None:
-            log_r = reference[:, part].float().log_softmax(-1)
+            log_r = head(reference[:, part]).float().log_softmax(-1)
             kls.append((log_r.exp() * (log_r - log_p)).sum(-1))
     return torch.cat(nlls, dim=1), torch.cat(kls, dim=1) if kls else None
 
@@ -125,26 +134,27 @@ def variants_nll_and_kl(
     *,
     reference: str,
     batch_size: int = 1,
+    halves: Halves | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
     """`nll_and_kl` of every variant of `model` on `rows` [N, T]: name -> two [N, T - 1], float32, on CPU.
 
-    variants: name -> factory of the context that makes the model that variant. reference: the one that KL is taken
-    to; where it is not among them, KL is None. A batch goes through all variants before the next, so that only its
-    reference logits are held. The other arguments as in `token_nll`.
+    variants: name -> factory of the context that makes the model that variant; none changes the output head.
+    reference: the one that KL is taken to; where it is not among them, KL is None. A batch goes through all variants
+    before the next, so that only its reference states are held. The other arguments as in `token_nll`.
     """
     order = sorted(variants, key=lambda name: name != reference)
     parts: dict[str, list] = {name: [] for name in variants}
     with evaluation_mode(model):
+        halves = halves or Halves(model)
         for batch in rows.split(batch_size):
-            batch, reference_logits = batch.to(model.device), None
+            batch, reference_states = batch.to(model.device), None
             for name in order:
                 with variants[name]():
-                    logits = model(batch, use_cache=False).logits
-                if name == reference:
-                    reference_logits = logits
-                nll, kl = nll_and_kl(logits, batch, reference_logits)
-                del logits  # before the next variant makes its own
+                    states = halves.states(batch)
+                    reference_states = states if name == reference else reference_states
+                    nll, kl = nll_and_kl(states, batch, reference_states, head=halves.head)
+                del states  # before the next variant makes its own
                 parts[name].append((nll.cpu(), None if kl is None else kl.cpu()))
                 on_batch()
     joined = {}
@@ -158,6 +168,15 @@ def perplexity(nll: torch.Tensor) -> float:
     """exp of the mean of `nll` (nats, any shape), averaged in float64; inf where it overflows."""
     with np.errstate(over="ignore"):
         return float(np.exp(nll.double().mean().item()))
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of independent values: their sample deviation over the root of their number; None for one value."""
+    count = len(values)
+    if count < 2:
+        return None
+    mean = sum(values) / count
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
 
 
 def summarize_nll(nll: torch.Tensor, edges: Sequence[int]) -> dict:

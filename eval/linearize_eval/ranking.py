@@ -15,6 +15,7 @@ import torch
 
 from linearize.errors import ModelError
 from linearize.kept_softmax import Unit, evenly_spaced, heads_by_layer, units_of
+from linearize.output_head import Halves
 from linearize.variants import restored_softmax, teacher
 from linearize_eval.json_values import finite
 from linearize_eval.perplexity import evaluation_mode, nll_and_kl
@@ -38,10 +39,11 @@ class Scale:
         self.model, self.rows, self.distances = model, rows.to(model.device), list(distances)
         self.options = {"bos_token_id": bos_token_id, "batch_size": batch_size}
         self.state_bytes, self.on_set = state_bytes, on_set
-        num_rows = max(1, len(rows) // 2)  # the teacher's logits are held in memory
+        num_rows = max(1, len(rows) // 2)  # the teacher's states are held in memory
         self.kl_batches = self.rows[:num_rows].split(batch_size)
         with evaluation_mode(model), teacher(model):
-            self.teacher_logits = [model(batch, use_cache=False).logits for batch in self.kl_batches]
+            self.halves = Halves(model)
+            self.teacher_states = [self.halves.states(batch) for batch in self.kl_batches]
 
     def score(self, units: Iterable[Unit], by: str) -> float:
         """What a choice makes small: mean copy loss over the distances ("recall") or KL ("kl"), in nats."""
@@ -72,14 +74,14 @@ class Scale:
         return {"copy": copies, "kl": kl, "perplexity": perplexity, "state_bytes": self.state_bytes(STATE_TOKENS)}
 
     def _copy(self) -> list[dict]:
-        return copy_recall(self.model, self.rows, distances=self.distances, **self.options)
+        return copy_recall(self.model, self.rows, distances=self.distances, halves=self.halves, **self.options)
 
     def _kl_and_nll(self) -> tuple[float, float]:
         """KL(teacher ‖ model) and the model's loss, means over the predicted tokens, in nats."""
         sums, count = torch.zeros(2, dtype=torch.float64, device=self.rows.device), 0
         with evaluation_mode(self.model):
-            for batch, reference in zip(self.kl_batches, self.teacher_logits, strict=True):
-                nll, kl = nll_and_kl(self.model(batch, use_cache=False).logits, batch, reference)
+            for batch, reference in zip(self.kl_batches, self.teacher_states, strict=True):
+                nll, kl = nll_and_kl(self.halves.states(batch), batch, reference, head=self.halves.head)
                 sums += torch.stack([kl.double().sum(), nll.double().sum()])
                 count += nll.numel()
         kl, nll = (sums / count).tolist()

@@ -10,12 +10,13 @@ N rows, T tokens a row, B rows a forward, P planted pairs.
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from linearize.errors import DataError
-from linearize_eval.perplexity import evaluation_mode, perplexity, token_nll
+from linearize.output_head import Halves
+from linearize_eval.perplexity import evaluation_mode, perplexity, standard_error, token_nll
 from linearize_eval.words import KEYS, VALUES
 
 # The first tokens of the repetition do not count. The very first cannot be known to repeat anything, and a
@@ -60,24 +61,30 @@ def copy_recall(
     distances: Sequence[int],
     batch_size: int = 1,
     bos_token_id: int | None = None,
+    halves: Halves | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> list[dict]:
     """Perplexity of the second half of a text that repeats its first `distance` tokens.
 
     The first SEAM_TOKENS tokens of the repetition are not counted. Of `rows` [N, T] (int64, natural text)
-    the first `distance` tokens are used; `bos_token_id` (see `split_bos`) stays in front, unrepeated.
+    the first `distance` tokens are used; `bos_token_id` (see `split_bos`) stays in front, unrepeated. `halves` as in
+    `token_nll`.
 
-    Returns [{"distance", "perplexity", "num_tokens"}], one for each distance.
+    Returns [{"distance", "perplexity", "error", "nll_by_row", "num_tokens"}], one for each distance. error: one
+    standard error of the perplexity, that of the mean NLL over the rows (a row is one sample: its tokens hang
+    together) times the perplexity; None for one row.
     Raises DataError if a distance does not fit the rows (see `copy_rows`).
     """
     results = []
     for distance in distances:
         repeated = copy_rows(rows, distance, bos_token_id=bos_token_id)
-        nll = token_nll(model, repeated, batch_size=batch_size, on_batch=on_batch)
+        nll = token_nll(model, repeated, batch_size=batch_size, halves=halves, on_batch=on_batch)
         counted = nll[:, -(distance - SEAM_TOKENS) :]
-        results.append(
-            {"distance": distance, "perplexity": perplexity(counted), "num_tokens": counted.numel()}
-        )
+        by_row, mean = counted.double().mean(dim=1).tolist(), perplexity(counted)
+        error = standard_error(by_row)
+        error = None if error is None else error * mean
+        figures = {"perplexity": mean, "error": error, "nll_by_row": by_row, "num_tokens": counted.numel()}
+        results.append({"distance": distance, **figures})
     return results
 
 
@@ -152,7 +159,8 @@ def build_key_samples(
     """Texts for the key lookup: prose from `rows` [N, T] with `num_pairs` sentences planted, one asked for.
 
     Keys, values, prose and which pair is asked for are drawn from `seed` and `distance` alone, so that
-    every model is asked the same. The prose begins anywhere in the rows, laid end to end.
+    every model is asked the same. The prose begins anywhere in the rows, laid end to end. More of it stands in front
+    of the shorter texts, so that all have one length and make a batch.
 
     Raises DataError if `distance` is below `shortest_key_distance`, or the tokenizer will not do.
     """
@@ -166,18 +174,25 @@ def build_key_samples(
     bos, body = split_bos(rows, tokenizer.bos_token_id)
     prose = body.flatten().tolist()
     draw = random.Random(f"{seed}/{distance}")
-    samples = []
+    samples, starts = [], []
     for _ in range(num_samples):
         pairs = zip(draw.sample(KEYS, num_pairs), draw.sample(values, num_pairs), strict=True)
         sentences = [_sentence(tokenizer, key, value) for key, value in pairs]
         right = draw.randrange(num_pairs)
         start = draw.randrange(len(prose))
         stream = (prose[i % len(prose)] for i in itertools.count(start))
-        ids = bos + _plant(sentences, right, distance, stream)
+        ids = _plant(sentences, right, distance, stream)
         candidates = [sentence.answer[0] for sentence in sentences]
         assert len(set(candidates)) == num_pairs, "the first token of a value depends on its key"
         samples.append(KeySample(ids, candidates, right, distance))
-    return samples
+        starts.append(start)
+    length = max(len(sample.input_ids) for sample in samples)
+    filled = []
+    for sample, start in zip(samples, starts, strict=True):
+        before = range(start - (length - len(sample.input_ids)), start)
+        ids = bos + [prose[i % len(prose)] for i in before] + sample.input_ids
+        filled.append(replace(sample, input_ids=ids))
+    return filled
 
 
 def _plant(sentences: list[_Sentence], right: int, distance: int, prose: Iterator[int]) -> list[int]:
@@ -203,28 +218,40 @@ def _plant(sentences: list[_Sentence], right: int, distance: int, prose: Iterato
 
 
 def score_key_samples(
-    model: torch.nn.Module, samples: Sequence[KeySample], *, on_batch: Callable[[], None] = lambda: None
+    model: torch.nn.Module,
+    samples: Sequence[KeySample],
+    *,
+    batch_size: int = 1,
+    halves: Halves | None = None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> dict:
     """How often, and how surely, `model` prefers the right value to the others that were planted.
 
-    Returns {"accuracy", "choice_perplexity", "chance", "num_samples"}: accuracy 0 ... 1, a tie for the first
-    place counting as its share; choice_perplexity the perplexity among the P candidates alone, 1 for one who
-    knows and P for one who guesses; chance 1 / P. Batch size 1: the texts differ in length.
+    samples: of one distance and number of pairs, so of one length; `batch_size` of them a forward.
+
+    Returns {"accuracy", "error", "choice_perplexity", "chance", "num_samples"}: accuracy 0 ... 1, a tie for the
+    first place counting as its share; error one standard error of it over the samples (None for one);
+    choice_perplexity the perplexity among the P candidates alone, 1 for one who knows and P for one who guesses;
+    chance 1 / P.
     """
-    credit, nll = [], []
+    scores = []
+    ids = torch.tensor([sample.input_ids for sample in samples])
+    candidates = torch.tensor([sample.candidates for sample in samples])
+    right = torch.tensor([[sample.right] for sample in samples])
     with evaluation_mode(model):
-        for sample in samples:
-            ids = torch.tensor([sample.input_ids], device=model.device)
-            logits = model(ids, use_cache=False).logits[0, -1]
-            logits = logits[torch.tensor(sample.candidates, device=logits.device)].double().cpu()
-            best = logits == logits.max()
-            credit.append(best[sample.right].item() / max(1, best.sum().item()))
-            nll.append(-logits.log_softmax(dim=0)[sample.right])
+        halves = halves or Halves(model)
+        for batch, among in zip(ids.split(batch_size), candidates.split(batch_size), strict=True):
+            logits = halves.head(halves.states(batch.to(model.device))[:, -1])  # [B, V]
+            scores.append(logits.gather(1, among.to(logits.device)).double().cpu())
             on_batch()
+    scores = torch.cat(scores)  # [N, P]
+    best = scores == scores.amax(1, keepdim=True)
+    credit = (best.gather(1, right) / best.sum(1, keepdim=True).clamp_min(1))[:, 0].tolist()
     return {
         "accuracy": sum(credit) / len(credit),
-        "choice_perplexity": perplexity(torch.stack(nll)),
-        "chance": 1 / len(samples[0].candidates),
+        "error": standard_error(credit),
+        "choice_perplexity": perplexity(-scores.log_softmax(1).gather(1, right)),
+        "chance": 1 / candidates.shape[1],
         "num_samples": len(samples),
     }
 
@@ -237,16 +264,17 @@ def key_recall(
     distances: Sequence[int],
     num_pairs: int = 4,
     num_samples: int = 32,
+    batch_size: int = 1,
     seed: int = 0,
 ) -> list[dict]:
     """Key lookup at each distance: [{"distance", and what `score_key_samples` returns}].
 
-    Texts and DataError as in `build_key_samples`. One forward of about `distance` tokens a sample.
+    Texts and DataError as in `build_key_samples`.
     """
     results = []
     for distance in distances:
         samples = build_key_samples(
             tokenizer, rows, distance=distance, num_pairs=num_pairs, num_samples=num_samples, seed=seed
         )
-        results.append({"distance": distance, **score_key_samples(model, samples)})
+        results.append({"distance": distance, **score_key_samples(model, samples, batch_size=batch_size)})
     return results

@@ -7,6 +7,7 @@ that came out infinite or NaN is None in it. The words and tables made from it a
 N rows, T tokens a row.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -23,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import linearize
 from linearize.errors import DataError, ModelError
+from linearize.output_head import Halves
 from linearize_eval.chart import draw_report
 from linearize_eval.json_values import finite
 from linearize_eval.perplexity import evaluation_mode, perplexity, position_edges, summarize_nll, variants_nll_and_kl
@@ -51,15 +53,16 @@ def measure_report(
     kv_bytes: Callable[[int], int],
     text: tuple[str, torch.Tensor] | None = None,
     key_recall_samples: int = 32,
-    key_recall_pairs: int = 4,
-    batch_size: int = 1,
+    key_recall_pairs: Sequence[int] = (4,),
+    batch_tokens: int = 1,
     seed: int = 0,
     progress: bool = True,
 ) -> dict:
     """Measures every variant of `model` on `rows` and returns the report.
 
-    A recall distance that fits neither the rows nor the model's positions is left out, with the reason in
-    report["left_out"], which is printed; a card with a gap is worth more than none after hours of training.
+    A recall distance that fits neither the rows nor the model's positions is left out, and so are more pairs than fit
+    a distance, with the reason in report["left_out"], which is printed; a card with a gap is worth more than none
+    after hours of training.
 
     Args:
         model: causal LM, measured as it stands inside each variant's context.
@@ -72,9 +75,9 @@ def measure_report(
         state_bytes: bytes one sequence keeps, constant or by its length in tokens.
         kv_bytes: bytes of the teacher's KV cache by length in tokens.
         text: a name and token ids [M, T'], int64, no padding: perplexity is measured on these rows too.
-        key_recall_samples: questions a distance; 0 leaves the key lookup out.
-        key_recall_pairs: sentences planted a question.
-        batch_size: rows a forward; the key lookup's texts go one by one, as they differ in length.
+        key_recall_samples: questions a distance and number of pairs; 0 leaves the key lookup out.
+        key_recall_pairs: numbers of sentences planted a question.
+        batch_tokens: tokens a forward: as many texts of one length as they hold, at least one.
         seed: of the key lookup's texts.
         progress: show a progress bar.
 
@@ -88,13 +91,14 @@ def measure_report(
         far_from=far_start(window, rows.shape[1]),
         bos_token_id=tokenizer.bos_token_id,
         copies=_copy_distances(rows, recall_distances, tokenizer.bos_token_id, max_positions, left_out),
-        batch_size=batch_size,
+        batch_tokens=batch_tokens,
         window=window,
         text_rows=None if text is None else text[1],
     )
     if key_recall_samples:
-        settings = {"num_pairs": key_recall_pairs, "num_samples": key_recall_samples, "seed": seed}
-        plan.samples = _key_samples(tokenizer, rows, recall_distances, settings, max_positions, left_out)
+        asked = list(itertools.product(recall_distances, key_recall_pairs))
+        settings = {"num_samples": key_recall_samples, "seed": seed}
+        plan.samples = _key_samples(tokenizer, rows, asked, settings, max_positions, left_out)
     return finite(
         {
             "format": FORMAT,
@@ -104,31 +108,37 @@ def measure_report(
             "variants": _measure_variants(model, variants, notes, plan, progress),
             "memory": _memory(state_bytes, kv_bytes),
             "left_out": left_out,
-            "meta": _meta(model, plan, key_recall_samples, key_recall_pairs, text),
+            "meta": _meta(model, plan, key_recall_samples, text),
         }
     )
 
 
 @dataclass
 class _Plan:
-    """What is measured of every variant: `copies` are distances, `samples` questions by distance."""
+    """What is measured of every variant: `copies` are distances, `samples` questions by distance and pairs."""
 
     rows: torch.Tensor
     edges: list[int]
     far_from: int | None
     bos_token_id: int | None
     copies: list[int]
-    batch_size: int
+    batch_tokens: int
     window: int
     text_rows: torch.Tensor | None = None
-    samples: dict[int, list[KeySample]] = field(default_factory=dict)
+    samples: dict[tuple[int, int], list[KeySample]] = field(default_factory=dict)
+
+    def batch_size(self, length: int) -> int:
+        """Texts of `length` tokens a forward."""
+        return max(1, self.batch_tokens // length)
 
     @property
     def num_forwards(self) -> int:
         """Forwards a variant, those for its speed aside."""
-        num_batches = math.ceil(len(self.rows) / self.batch_size)
-        num_text = 0 if self.text_rows is None else math.ceil(len(self.text_rows) / self.batch_size)
-        return num_batches * (1 + len(self.copies)) + num_text + sum(map(len, self.samples.values()))
+        texts = [(len(self.rows), self.rows.shape[1]), *((len(self.rows), 2 * distance) for distance in self.copies)]
+        if self.text_rows is not None:
+            texts.append(tuple(self.text_rows.shape))
+        texts += [(len(samples), len(samples[0].input_ids)) for samples in self.samples.values()]
+        return sum(math.ceil(count / self.batch_size(length)) for count, length in texts)
 
 
 def far_start(window: int, num_tokens: int) -> int | None:
@@ -143,20 +153,24 @@ def far_start(window: int, num_tokens: int) -> int | None:
 
 def _measure_variants(model, variants: Variants, notes, plan: _Plan, progress: bool) -> list[dict]:
     measured = []
-    options = {"reference": TEACHER, "batch_size": plan.batch_size}
+    with evaluation_mode(model):
+        halves = Halves(model)
+    options = {"reference": TEACHER, "halves": halves}
     with _progress_bar(progress) as bar:
         task = bar.add_task("report card: perplexity", total=plan.num_forwards * len(variants))
         options["on_batch"] = lambda: bar.advance(task)
-        figures = variants_nll_and_kl(model, variants, plan.rows, **options)
+        batch_size = plan.batch_size(plan.rows.shape[1])
+        figures = variants_nll_and_kl(model, variants, plan.rows, batch_size=batch_size, **options)
         on_text = {}
         if plan.text_rows is not None:
-            edges = position_edges(plan.window, plan.text_rows.shape[1])
-            of_text = variants_nll_and_kl(model, variants, plan.text_rows, **options)
+            length = plan.text_rows.shape[1]
+            edges, batch_size = position_edges(plan.window, length), plan.batch_size(length)
+            of_text = variants_nll_and_kl(model, variants, plan.text_rows, batch_size=batch_size, **options)
             on_text = {name: {"text": summarize_nll(nll, edges)} for name, (nll, _) in of_text.items()}
         for name, variant in variants.items():
             bar.update(task, description=f"report card: {name}")
             with variant():
-                recall = _recall_and_speed(model, plan, on_batch=options["on_batch"])
+                recall = _recall_and_speed(model, plan, halves=halves, on_batch=options["on_batch"])
             of_rows = _row_figures(*figures[name], plan)
             measured.append({"name": name, "note": notes.get(name, ""), **of_rows, **on_text.get(name, {}), **recall})
     return measured
@@ -174,21 +188,25 @@ def _row_figures(nll: torch.Tensor, kl: torch.Tensor | None, plan: _Plan) -> dic
     }
 
 
-def _recall_and_speed(model, plan: _Plan, *, on_batch: Callable[[], None]) -> dict:
+def _recall_and_speed(model, plan: _Plan, **options) -> dict:
     """The other figures of `model` as it stands."""
-    copies = copy_recall(
-        model,
-        plan.rows,
-        distances=plan.copies,
-        batch_size=plan.batch_size,
-        bos_token_id=plan.bos_token_id,
-        on_batch=on_batch,
-    )
-    keys = [
-        {"distance": distance, **score_key_samples(model, questions, on_batch=on_batch)}
-        for distance, questions in plan.samples.items()
+    copies = [
+        copy_recall(
+            model,
+            plan.rows,
+            distances=[distance],
+            batch_size=plan.batch_size(2 * distance),
+            bos_token_id=plan.bos_token_id,
+            **options,
+        )[0]
+        for distance in plan.copies
     ]
-    speed = forward_speed(model, plan.rows[: plan.batch_size])
+    keys = []
+    for (distance, num_pairs), samples in plan.samples.items():
+        batch_size = plan.batch_size(len(samples[0].input_ids))
+        figures = score_key_samples(model, samples, batch_size=batch_size, **options)
+        keys.append({"distance": distance, "num_pairs": num_pairs, **figures})
+    speed = forward_speed(model, plan.rows[: plan.batch_size(plan.rows.shape[1])])
     return {"copy": copies, "key": keys, "tokens_per_second": speed}
 
 
@@ -233,20 +251,20 @@ def _copy_distances(rows, distances, bos_token_id, max_positions, left_out) -> l
     return kept
 
 
-def _key_samples(tokenizer, rows, distances, settings, max_positions, left_out) -> dict[int, list[KeySample]]:
-    """Questions by distance, built once for all variants; why a distance is missing goes to `left_out`."""
+def _key_samples(tokenizer, rows, asked, settings, max_positions, left_out) -> dict[tuple[int, int], list[KeySample]]:
+    """Questions by (distance, pairs), built once for all variants; why one is missing goes to `left_out`."""
     kept = {}
-    for distance in distances:
+    for distance, num_pairs in asked:
         try:
-            samples = build_key_samples(tokenizer, rows, distance=distance, **settings)
+            samples = build_key_samples(tokenizer, rows, distance=distance, num_pairs=num_pairs, **settings)
         except DataError as error:
             left_out.append(str(error))
             continue
-        longest = max(len(sample.input_ids) for sample in samples)
-        if longest > max_positions:
-            left_out.append(f"key recall over {distance} tokens: {_too_long(longest, max_positions)}")
+        length = len(samples[0].input_ids)
+        if length > max_positions:
+            left_out.append(f"key recall over {distance} tokens: {_too_long(length, max_positions)}")
         else:
-            kept[distance] = samples
+            kept[distance, num_pairs] = samples
     return kept
 
 
@@ -264,19 +282,18 @@ def _memory(state_bytes: int | Callable[[int], int], kv_bytes: Callable[[int], i
     return {"table": [at(n) for n in MEMORY_LENGTHS], "curve": [at(n) for n in CURVE_LENGTHS]}
 
 
-def _meta(model, plan: _Plan, num_questions: int, num_pairs: int, text) -> dict:
+def _meta(model, plan: _Plan, num_questions: int, text) -> dict:
     device, rows = model.device, plan.rows
     of_text = None if text is None else {"name": text[0], "num_rows": len(text[1]), "row_tokens": text[1].shape[1]}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return {
         "num_rows": rows.shape[0],
         "row_tokens": rows.shape[1],
-        "batch_size": min(plan.batch_size, len(rows)),
+        "batch_size": min(plan.batch_size(rows.shape[1]), len(rows)),
         "text": of_text,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": name,
         "key_questions": num_questions,
-        "key_pairs": num_pairs,
         "versions": {module.__name__: module.__version__ for module in (linearize, torch, transformers)},
     }
 

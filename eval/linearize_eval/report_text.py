@@ -23,12 +23,20 @@ CHART_FILE = "report.png"
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: its heading, how to find its figure in a variant, how to write that figure."""
+    """A column of the table: its heading, how to find its figure in a variant and its error, how to write both."""
 
     group: Literal["perplexity", "text", "recall"]
     heading: str
     figure: Callable[[dict], float | None]
     write: Callable[[float], str]
+    error: Callable[[dict], float | None] = lambda variant: None
+
+    def cell(self, variant: dict) -> str:
+        """The figure as printed, with its standard error where there is one: 1.24±0.03."""
+        value, error = self.figure(variant), self.error(variant)
+        if value is None:
+            return NOT_FINITE
+        return self.write(value) + ("" if error is None else f"±{self.write(error)}")
 
 
 @dataclass(frozen=True)
@@ -78,12 +86,18 @@ def table_columns(report: dict) -> list[Column]:
             columns.append(Column("text", label, lambda v, i=i: v["text"]["buckets"][i]["perplexity"], write_number))
     for i, copy in enumerate(first["copy"]):
         label = f"copy@{position_label(copy['distance'])}"
-        columns.append(Column("recall", label, lambda v, i=i: v["copy"][i]["perplexity"], write_number))
+        figure, error = (lambda v, i=i, k=k: v["copy"][i].get(k) for k in ("perplexity", "error"))
+        columns.append(Column("recall", label, figure, write_number, error))
     for i, key in enumerate(first["key"]):
-        label = f"key@{position_label(key['distance'])}"
-        columns.append(Column("recall", label, lambda v, i=i: v["key"][i]["accuracy"], write_share))
+        label = f"key{_num_pairs(key)}@{position_label(key['distance'])}"
+        figure, error = (lambda v, i=i, k=k: v["key"][i].get(k) for k in ("accuracy", "error"))
+        columns.append(Column("recall", label, figure, write_share, error))
     columns.append(Column("recall", "tokens/s", lambda v: v["tokens_per_second"], write_number))
     return columns
+
+
+def _num_pairs(key: dict) -> int:
+    return key.get("num_pairs") or round(1 / key["chance"])  # which older reports do not say
 
 
 def find_variant(report: dict, name: str) -> dict | None:
@@ -93,15 +107,13 @@ def find_variant(report: dict, name: str) -> dict | None:
 
 def table_cell(report: dict, variant: dict, column: Column) -> tuple[str, str]:
     """A figure and its ratio to the teacher's; the ratio is "" for the teacher and where there is none."""
-    value = column.figure(variant)
-    if value is None:
-        return NOT_FINITE, ""
+    value, cell = column.figure(variant), column.cell(variant)
     teacher = find_variant(report, TEACHER)
     reference = None if teacher is None or teacher is variant else column.figure(teacher)
-    if not reference:
-        return column.write(value), ""
+    if value is None or not reference:
+        return cell, ""
     ratio = value / reference
-    return column.write(value), f"{ratio:.2f}x" if ratio < 100 else f"{ratio:.0f}x"
+    return cell, f"{ratio:.2f}x" if ratio < 100 else f"{ratio:.0f}x"
 
 
 def legend(report: dict) -> str:
@@ -120,10 +132,9 @@ def legend(report: dict) -> str:
     keys = report["variants"][0]["key"]
     if keys:
         parts.append(
-            f"key@d: share of {meta['key_questions']} planted facts found d tokens later (chance "
-            f"{write_share(keys[0]['chance'])})."
+            f"keyP@d: share of {meta['key_questions']} planted facts found d tokens later, among P (chance 1/P)."
         )
-    parts.append("±: one standard error over the rows; a difference counts from two.")
+    parts.append("±: one standard error over rows, or over questions; a difference counts from two.")
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     size = meta.get("batch_size", 1)  # which reports of before batches do not say
     batch = "1 row" if size == 1 else f"{size} rows"

@@ -30,6 +30,7 @@ def figures_of(report: dict) -> dict:
     holds the teacher's perplexity and copy recall.
     """
     teacher, converted, far_off = (find_variant(report, name) for name in (TEACHER, CONVERTED, FAR_OFF))
+    far_off = far_off or {"far_nll_by_row": None}  # a model without a far term
     before, after = converted["far_nll_by_row"] or [None], far_off["far_nll_by_row"] or [None]
     known = None not in (*before, *after)
     cost = 100 * math.expm1(sum(after) / len(after) - sum(before) / len(before)) if known else None
