@@ -143,7 +143,7 @@ def _add_eval(verbs) -> None:
     )
     what.add_argument("--output", type=Path, metavar="FILE", help="also write everything as JSON")
     how = parser.add_argument_group("how to run it")
-    how.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default 8")
+    how.add_argument("--batch-size", type=_batch_size, default=8, metavar="N", help="default 8; auto: by memory")
     how.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     how.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default auto"
@@ -333,6 +333,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, is '{text}'")
     return int(text)
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
 
 
 def _counts(text: str) -> list[int | str]:

@@ -86,14 +86,20 @@ def _cache_layer(module, cache):
 def teacher_attention(module, query, key, value, attention_mask, scaling=None, observer=None, **kwargs):
     """The base model's own softmax; `observer`, if given, sees what went in and came out, layer by layer.
 
-    observer(module, q, k, v, out [B, T, H, D], *, scaling, softcap, sink_logits, sliding_window)
+    observer(module, q, k, v, out [B, T, H, D], *, scaling, softcap, sink_logits, sliding_window, attend), where
+    attend(values [B, G, T, D]) is the same attention to other values.
     """
     softmax = softmax_function(module)
-    out, weights = softmax(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+    def attend(values):
+        return softmax(module, query, key, values, attention_mask, scaling=scaling, **kwargs)
+
+    out, weights = attend(value)
     if observer is not None:
         observer(
             module, query, key, value, out, scaling=_scaling(query, scaling), softcap=kwargs.get("softcap"),
             sink_logits=kwargs.get("s_aux"), sliding_window=kwargs.get("sliding_window"),
+            attend=lambda values: attend(values)[0],
         )  # fmt: skip
     return out, weights
 

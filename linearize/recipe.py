@@ -145,6 +145,9 @@ class MatchSettings(StageSettings):
     """Stage 1: each layer learns its softmax original's output."""
 
     clip: float = setting(1.0, help="largest norm of one layer's gradients", above=0)
+    far_mass: float = setting(
+        0.0, help="weight of the older tokens' share of the attention, beside the output (more time a step)", minimum=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,6 +303,8 @@ class Recipe(Section):
         name = self.attention.feature_map.name
         if not self.has_far_term and self.finetune.window_dropout:
             yield f"finetune.window_dropout: attention.feature_map.name {name} has no linear part to train; set it to 0"
+        if self.match.far_mass and not self.attention.sinks:
+            yield "match.far_mass: is measured against the sinks' share; set attention.sinks to 1 or more, or it to 0"
         yield from length_problems(self, self.attention.window)
 
 

@@ -8,7 +8,7 @@ from linearize.architecture import linearize_
 from linearize.calibrate import GATE_OFF, calibrate
 from linearize.match import MatchStage, relative_error
 from linearize.modeling_linearized import linear_attentions
-from linearize.recipe import AttentionSettings, FeatureMapSettings
+from linearize.recipe import AttentionSettings, FeatureMapSettings, MatchSettings
 from linearize.variants import ablated_attention, softmax_attention
 
 
@@ -108,7 +108,7 @@ def test_one_matching_step_lowers_every_layers_error():
     model = make_model()
     tokens = torch.randint(64, (4, 60), generator=torch.Generator().manual_seed(3))
     calibrate(model, {"input_ids": tokens})
-    stage = MatchStage(model, type("Settings", (), {"lr": 1e-3}))
+    stage = MatchStage(model, MatchSettings(lr=1e-3))
     before = stage.run({"input_ids": tokens}, scale=1 / 4, backward=True)
     for parameter in (p for g in stage.groups for p in g.parameters):
         parameter.data -= 1e-4 * parameter.grad / parameter.grad.norm().clamp_min(1e-12)
@@ -119,7 +119,7 @@ def test_one_matching_step_lowers_every_layers_error():
 def test_gradients_of_matching_reach_every_parameter_and_no_weight_of_the_model():
     settings = AttentionSettings(window=6, sinks=2, feature_map=FeatureMapSettings(dim=4), decay=True)
     model = make_model(attention=settings)
-    stage = MatchStage(model, type("Settings", (), {"lr": 1e-3}))
+    stage = MatchStage(model, MatchSettings(lr=1e-3))
     stage.run({"input_ids": torch.randint(64, (2, 60))}, scale=1.0, backward=True)
     for layer in linear_attentions(model).values():
         for name, parameter in layer.named_parameters():

@@ -116,7 +116,7 @@ def plain_lm_eval(model_folder, task_folder, **settings) -> dict:
 
     return simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(model_folder), "trust_remote_code": True},
+        model_args={"pretrained": str(model_folder), "trust_remote_code": True, "softmax_dtype": "float32"},
         tasks=["tiny_choice", "tiny_word"],
         task_manager=TaskManager(include_path=str(task_folder), include_defaults=False),
         batch_size=8,
@@ -143,6 +143,29 @@ def test_a_converted_folder_scores_as_in_plain_lm_eval(converted_folder, task_fo
     results = evaluate_folder(converted_folder, tasks=["tiny_*"], include_path=task_folder, device="cpu")
     assert results["results"] == plain_lm_eval(converted_folder, task_folder)
     assert results["config"]["model_dtype"] == "torch.bfloat16"
+
+
+def test_the_batch_may_be_found_and_the_error_of_a_perplexity_takes_few_draws(model_folder, task_folder, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    seen, real = [], HFLM.__init__
+
+    def noted(self, *args, **kwargs):
+        seen.append((kwargs["batch_size"], kwargs["max_batch_size"], kwargs["softmax_dtype"]))
+        real(self, *args, **kwargs)
+
+    def draws(metric, bootstrap_iters):
+        seen.append(bootstrap_iters)
+        return None
+
+    monkeypatch.setattr(HFLM, "__init__", noted)
+    monkeypatch.setattr("lm_eval.evaluator_utils.stderr_for_metric", draws)
+    model, tokenizer = load(model_folder)
+    results = evaluate_model(model, tokenizer, tasks=["tiny_word"], include_path=task_folder, batch_size="auto")
+    monkeypatch.undo()
+    again = evaluate_model(model, tokenizer, tasks=["tiny_word"], include_path=task_folder)
+    assert results["results"]["tiny_word"]["acc,none"] == again["results"]["tiny_word"]["acc,none"]
+    assert seen == [("auto", 256, "float32"), 1000]
 
 
 def test_another_dtype_may_be_asked_for(converted_folder, task_folder):

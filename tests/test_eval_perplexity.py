@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from linearize.errors import ArchitectureError, DataError
 from linearize_eval import perplexity as module
-from linearize_eval.memory import kv_cache_bytes
+from linearize_eval.memory import MOST_TOKENS, forward_tokens, kv_cache_bytes
 from linearize_eval.perplexity import (
     bucket_label,
     perplexity_by_position,
@@ -217,3 +217,17 @@ def test_layers_of_unknown_kind_are_refused_by_name():
     config = LlamaConfig(**SMALL, layer_types=["full_attention", "indexed_attention"])
     with pytest.raises(ArchitectureError, match="type indexed_attention; known types: full_attention"):
         kv_cache_bytes(config, 1024, 2)
+
+
+def test_a_cpu_takes_as_many_tokens_as_training_did():
+    assert forward_tokens(tiny_llama(), least=700) == 700
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_takes_what_fits_and_no_less_than_training_did():
+    model = tiny_llama().cuda()
+    assert forward_tokens(model, least=700) == MOST_TOKENS
+    assert forward_tokens(model, least=2 * MOST_TOKENS) == 2 * MOST_TOKENS
+    model.config.hidden_size = 10**7  # gigabytes a token
+    assert forward_tokens(model, least=1) < 1000

@@ -23,7 +23,7 @@ data.source data.name data.split data.column data.messages data.sequence_length 
 data.streaming data.seed
 calibrate.sequences
 match.tokens match.batch_tokens match.sequence_length match.micro_batch match.lr match.warmup match.weight_decay
-match.clip match.evaluate_every match.patience match.window_dropout
+match.clip match.evaluate_every match.patience match.window_dropout match.far_mass
 finetune.tokens finetune.batch_tokens finetune.sequence_length finetune.micro_batch finetune.lr finetune.warmup
 finetune.weight_decay finetune.clip finetune.evaluate_every finetune.patience finetune.window_dropout finetune.train
 finetune.maps_lr

@@ -70,7 +70,7 @@ def run_train(stage, folder, *, settings=None, data=None, micro_batch=4, **run):
 def make_match(*, layers=2, dtype=torch.float32, lr=1e-2) -> MatchStage:
     """Matching of a tiny Llama whose maps are all random."""
     model = convert(make_model("llama", num_hidden_layers=layers, dtype=dtype))
-    return MatchStage(model, types.SimpleNamespace(lr=lr))
+    return MatchStage(model, MatchSettings(lr=lr))
 
 
 def parameters_of(stage) -> list[torch.Tensor]:
@@ -383,7 +383,7 @@ def test_parameters_are_float32_in_a_bfloat16_model_whose_weights_stay(tmp_path)
 
 def test_only_converted_layers_are_matched(tmp_path):
     model = linearize_(make_model("llama", num_hidden_layers=3), attention(keep_softmax=[1]))
-    stage = MatchStage(model, types.SimpleNamespace(lr=1e-2))
+    stage = MatchStage(model, MatchSettings(lr=1e-2))
     run_train(stage, tmp_path)
     assert [group.name for group in stage.groups] == ["layer 0", "layer 2"]
     assert all(len(r["layers"]) == 2 for r in records(tmp_path) if "layers" in r)
@@ -403,7 +403,7 @@ class PoisonedMatch(MatchStage):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_and_names_the_layer(tmp_path, value):
-    stage = PoisonedMatch(convert(make_model()), types.SimpleNamespace(lr=1e-2))
+    stage = PoisonedMatch(convert(make_model()), MatchSettings(lr=1e-2))
     stage.value = value
     with pytest.raises(TrainingError, match=r"match, step 5: not finite: .*layer 1") as caught:
         run_train(stage, tmp_path, settings=settings_of(steps=8), checkpoint_every=2)

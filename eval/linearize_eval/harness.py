@@ -1,7 +1,8 @@
 """lm-eval's tasks on a converted model, through lm-eval's own Python interface.
 
-The same figures as `lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True`: same prompts,
-same defaults, same scoring; only the batch size may differ, and with it the last digits.
+The same figures as `lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True,softmax_dtype=float32`:
+same prompts, same defaults, same scoring; only the batch size may differ, and with it the last digits. The log-softmax
+is in float32 whatever the model's dtype: in bfloat16 it would be off by more than answers differ.
 """
 
 import copy
@@ -18,6 +19,8 @@ from linearize.errors import DataError, LinearizeError
 from linearize_eval.json_values import finite
 
 NUM_SUGGESTIONS = 3
+LARGEST_BATCH = 256  # of "auto", which halves it until a batch of the longest request fits
+DRAWS = 1000  # for the error of a perplexity; lm-eval's 100,000 take minutes for a second digit of it
 # lm-eval warns of these on every run that hands it a model object or a task with its own data loader.
 HARMLESS_WARNINGS = (
     "`pretrained` model kwarg is not of type `str`",
@@ -73,7 +76,7 @@ def evaluate_model(
         tasks: names of tasks, groups or tags of lm-eval, with * and ? allowed, or paths of task files.
         include_path: folder with task files of your own; they win over lm-eval's of the same name.
         limit: only the first `limit` documents of each task (a share of them if below 1).
-        batch_size: requests a forward, or "auto".
+        batch_size: requests a forward, or "auto": as many as memory holds, up to LARGEST_BATCH.
         num_fewshot: examples in each prompt, instead of the task's own number.
 
     Returns lm-eval's results as JSON values (a NaN is None): "results" {task: {metric: value}}, "n-shot", ...
@@ -139,6 +142,8 @@ def _evaluate(model, tokenizer, names, task_manager, limit, batch_size, num_fews
                 pretrained=model,
                 tokenizer=copy.deepcopy(tokenizer),
                 batch_size=batch_size,
+                max_batch_size=LARGEST_BATCH,
+                softmax_dtype="float32",
                 backend="causal",
             )
             results = simple_evaluate(
@@ -148,6 +153,7 @@ def _evaluate(model, tokenizer, names, task_manager, limit, batch_size, num_fews
                 num_fewshot=num_fewshot,
                 limit=limit,
                 batch_size=batch_size,
+                bootstrap_iters=DRAWS,
                 log_samples=False,
             )
     except (ConnectionError, FileNotFoundError) as error:

@@ -40,11 +40,12 @@ def _run_tasks(model, tokenizer, settings, variants, log) -> dict:
         return {}
     from linearize_eval.harness import evaluate_model, format_results
 
-    results = {}
+    results, batch_size = {}, "auto" if model.device.type == "cuda" else 8
     for name in ("teacher", "converted"):
         with variants[name]():
             results[name] = evaluate_model(
-                model, tokenizer, tasks=settings.tasks, include_path=settings.task_path, limit=settings.task_limit
-            )
+                model, tokenizer, tasks=settings.tasks, include_path=settings.task_path, limit=settings.task_limit,
+                batch_size=batch_size,
+            )  # fmt: skip
         log.say(f"{name}:\n{format_results(results[name])}")
     return results
