@@ -16,7 +16,7 @@ import torch
 from .errors import LinearizeError
 from .sampling import Sampler, Sampling
 from .state import State, read
-from .static_cache import StaticCache, StaticError
+from .static_cache import NO_END, StaticCache, StaticError
 
 MODES = ("auto", "graph", "static", "eager")
 CHECK_EVERY = 16  # tokens between looks at which rows have ended
@@ -28,8 +28,8 @@ class Decoder:
     mode: "graph" (a CUDA graph over static state), "static" (the same without a graph), "eager" (the model's
     own cache), "auto" (graph on a GPU where the model can, else eager). Raises StaticError where a forced mode
     cannot run. eos, pad: token ids, by default the model's. max_length: the most tokens of a row, prompt
-    included; needed for static decoding where layers have kept softmax, whose keys then get that much room. An
-    unconverted model decodes here too, as one that has kept all layers.
+    included; needed for static decoding where layers or kv heads have kept softmax, whose keys then get that much
+    room. An unconverted model decodes here too, as one that has kept all layers.
     """
 
     def __init__(self, model, *, batch: int, sampling: Sampling | None = None, eos=None, pad=None, mode: str = "auto",
@@ -44,8 +44,9 @@ class Decoder:
         self.pad = torch.tensor(pad, device=self.device)
         self.token = torch.zeros(batch, dtype=torch.long, device=self.device)
         self.position = torch.zeros(batch, dtype=torch.long, device=self.device)  # of self.token in its row
-        self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
-        self.mask = None  # [B, seen] where the model's own cache needs one
+        self.last = torch.full((batch,), NO_END, device=self.device)  # position at which a row ends in any case
+        self.finished = torch.ones(batch, dtype=torch.bool, device=self.device)  # rows that have ended, or never began
+        self.mask = None  # [B, seen] bool where the model's own cache holds softmax keys
         self._choose_mode(mode, batch, max_length)
 
     def prefill(self, input_ids, attention_mask=None, *, state: State | None = None):
@@ -60,29 +61,33 @@ class Decoder:
         if self.is_static:
             self.cache.load(state)
         else:
-            self.cache, self.mask = state.copy().cache, state.tokens >= 0
+            self.cache, self.mask = state.copy().cache, None if state.is_constant else state.tokens >= 0
         self.position.copy_(state.lengths - 1)
+        self.last.fill_(NO_END)
         self.finished.zero_()
         self.sampler.start(state.tokens)
         self._choose(state.logits)
         return self.token.clone()
 
     @torch.no_grad()
-    def replace(self, slot: int, state: State, *, seed: int = 0) -> int:
+    def replace(self, slot: int, state: State, *, seed: int = 0, max_new_tokens: int | None = None) -> int:
         """Puts another text, a state of one row, into a slot, whatever was there; returns its first new token.
 
-        seed: added to the sampling's. Raises StaticError where layers have kept softmax.
+        seed: added to the sampling's. max_new_tokens: after which the row ends by itself. Raises StaticError where
+        static softmax has no room for it.
         """
-        if not state.is_constant or len(state) != 1:
-            raise StaticError("a slot takes a state of one row, and of a model without softmax layers")
+        if len(state) != 1:
+            raise LinearizeError(f"a slot takes a state of one row, not of {len(state)}; see State.select")
         rows = slice(slot, slot + 1)
         if self.is_static:
-            self.cache.load(state, rows)
+            self.cache.load(state, rows, max_new_tokens=max_new_tokens)
         elif self.cache is None:
-            self.cache, self.mask = state.select([0] * len(self.token)).cache, torch.ones_like(self.finished)[:, None]
+            state_each = state.select([0] * len(self.token))
+            self.cache, self.mask = state_each.cache, None if state.is_constant else state_each.tokens >= 0
         else:
-            self.cache = state.put_into(self.cache, slot)
+            self.cache, self.mask = state.put_into(self.cache, self.mask, slot, ~self.finished)
         self.position[rows] = state.lengths - 1
+        self.last[rows] = NO_END if max_new_tokens is None else state.lengths + (max_new_tokens - 1)
         self.finished[rows] = False
         self.sampler.start(state.tokens, rows, first=seed)
         self._choose(state.logits, rows)
@@ -110,23 +115,24 @@ class Decoder:
     def _step(self) -> None:
         """One token of every row through the model, and the choice of the next: what the graph holds."""
         if self.is_static:
-            mask = self.cache.open_slot()
+            mask = self.cache.open_slot(self.position)
+        elif self.mask is None:
+            mask = None
         else:
             mask = self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
         out = self.model(
             input_ids=self.token[:, None], position_ids=self.position[:, None], attention_mask=mask,
             past_key_values=self.cache, use_cache=True,
         )  # fmt: skip
-        if self.is_static:
-            self.cache.close_slot()
         self._choose(out.logits[:, -1])
 
     def _choose(self, logits, rows: slice = slice(None)) -> None:
-        """Takes the next token of these rows from logits [rows, V], in place."""
+        """Takes the next token of these rows from logits [rows, V], in place; rows that have ended stay where they are."""
         token = torch.where(self.finished[rows], self.pad, self.sampler.pick(logits, rows))
-        self.finished[rows].logical_or_((token[:, None] == self.ends).any(-1))
         self.token[rows].copy_(token)
-        self.position[rows].add_(1)
+        self.position[rows].add_(~self.finished[rows])
+        at_end = (token[:, None] == self.ends).any(-1) | (self.position[rows] >= self.last[rows])
+        self.finished[rows].logical_or_(at_end)
 
     @property
     def is_static(self) -> bool:
