@@ -127,7 +127,7 @@ class Decoder:
         self._choose(out.logits[:, -1])
 
     def _choose(self, logits, rows: slice = slice(None)) -> None:
-        """Takes the next token of these rows from logits [rows, V], in place; rows that have ended stay where they are."""
+        """Takes the next token of these rows from logits [rows, V], in place; a row that has ended stands still."""
         token = torch.where(self.finished[rows], self.pad, self.sampler.pick(logits, rows))
         self.token[rows].copy_(token)
         self.position[rows].add_(~self.finished[rows])

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from linearize_kernels.state import State as LayerState
 
 from .errors import LinearizeError
+from .kept_softmax import has_softmax
 from .linearized_cache import LinearizedCacheLayer
 
 CHUNK = 4096  # tokens of a row that go through the model at once
@@ -81,8 +82,8 @@ class State:
     def put_into(self, cache: Cache, mask, slot: int, going) -> tuple:
         """Another (cache, mask) of the same model, with this state's one row in the place of row `slot`.
 
-        mask [B, S] bool: which columns of softmax layers are tokens of a row; None where nothing is softmax. They become
-        as many as the longest row needs, of this one and those that are `going` [B] bool.
+        mask [B, S] bool: which columns of softmax layers are tokens of a row; None where nothing is softmax. They
+        become as many as the longest row needs, of this one and those that are `going` [B] bool.
         """
         mine, new = self, _copy_cache(cache, torch.clone)
         if mask is not None:
@@ -188,7 +189,7 @@ def _tokens_at_once(model, batch: int, length: int, past: int, chunk: int) -> tu
     if not all(_is_known(layer) for layer in make_cache(model).layers):
         rows = batch  # not every other kind of cache can be joined again
     config = model.config.get_text_config()
-    if getattr(config, "_has_softmax", True):
+    if has_softmax(model):
         implementation = getattr(config, "_softmax_implementation", config._attn_implementation)
         heads = config.num_attention_heads if implementation == "eager" else 1
         chunk = max(1, min(chunk, MASK_AT_ONCE // (rows * heads * (past + length))))

@@ -14,9 +14,9 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .errors import LinearizeError
+from .kept_softmax import has_softmax
 from .linearized_cache import LinearizedCacheLayer
 from .modeling_linearized import attention_modules, linear_attentions
-
 
 NO_END = 2**62  # steps: a row that ends by itself, or that nothing bounds
 
@@ -55,7 +55,7 @@ class StaticSoftmaxLayer(DynamicLayer):
 class StaticLinearLayer(LinearizedCacheLayer):
     """One converted layer's memory of B rows: in the layout of the one-launch decode kernel, and `kept` beside it."""
 
-    def __init__(self, linear_attn, *, slots: int | None, next_slot, **options):
+    def __init__(self, linear_attn, *, slots: int, next_slot, **options):
         super().__init__()
         self.linear_attn, self.window, self.is_initialized = linear_attn, linear_attn.window, True
         self.decode_state, kept = None, len(linear_attn.heads.kept)
@@ -136,12 +136,13 @@ class StaticCache(Cache):
         reason = why_not_static(model, modules, linear, slots)
         if reason:
             raise StaticError(reason)
-        self.slots = slots if has_softmax(modules, linear) else None
+        self.slots = slots if has_softmax(model) else None
         self.next_slot = torch.zeros(batch, dtype=torch.long, device=model.device)
-        self.numbers = None if self.slots is None else torch.arange(slots, device=model.device)
+        width = -(-(slots or 0) // 8) * 8  # SDPA wants masks of such a size
+        self.numbers = torch.arange(width, device=model.device)
         self.free = torch.full((batch,), NO_END)  # steps that a row's slots last for, counted by the host
         options = dict(
-            batch=batch, slots=slots, next_slot=self.next_slot, dtype=model.dtype, device=model.device
+            batch=batch, slots=width, next_slot=self.next_slot, dtype=model.dtype, device=model.device
         )
         super().__init__(
             layers=[
@@ -190,11 +191,6 @@ class StaticCache(Cache):
         return sum(layer.num_bytes() for layer in self.layers)
 
 
-def has_softmax(modules, linear) -> bool:
-    """Whether any layer or kv head is softmax. modules, linear: of `attention_modules` and `linear_attentions`."""
-    return set(modules) != set(linear) or any(x.heads.kept for x in linear.values())
-
-
 def kv_shape(config) -> dict:
     """The kv heads of a softmax layer and their size."""
     heads = config.num_attention_heads
@@ -208,7 +204,7 @@ def why_not_static(model, modules, linear, slots) -> str:
     """Why this model cannot decode in static shapes, as far as its parts tell; empty where it can."""
     config = model.config.get_text_config()
     kept = sorted(set(modules) - set(linear))
-    softmax = has_softmax(modules, linear)
+    softmax = has_softmax(model)
     implementation = getattr(config, "_softmax_implementation", config._attn_implementation)
     sliding = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     checks = {
