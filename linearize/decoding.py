@@ -46,6 +46,7 @@ class Decoder:
         self.position = torch.zeros(batch, dtype=torch.long, device=self.device)  # of self.token in its row
         self.last = torch.full((batch,), NO_END, device=self.device)  # position at which a row ends in any case
         self.finished = torch.ones(batch, dtype=torch.bool, device=self.device)  # rows that have ended, or never began
+        self.logits = None  # [B, V] of the newest step; a graph writes them in place
         self.mask = None  # [B, seen] bool where the model's own cache holds softmax keys
         self._choose_mode(mode, batch, max_length)
 
@@ -124,7 +125,8 @@ class Decoder:
             input_ids=self.token[:, None], position_ids=self.position[:, None], attention_mask=mask,
             past_key_values=self.cache, use_cache=True,
         )  # fmt: skip
-        self._choose(out.logits[:, -1])
+        self.logits = out.logits[:, -1]
+        self._choose(self.logits)
 
     def _choose(self, logits, rows: slice = slice(None)) -> None:
         """Takes the next token of these rows from logits [rows, V], in place; a row that has ended stands still."""

@@ -58,7 +58,7 @@ class StaticLinearLayer(LinearizedCacheLayer):
     def __init__(self, linear_attn, *, slots: int, next_slot, **options):
         super().__init__()
         self.linear_attn, self.window, self.is_initialized = linear_attn, linear_attn.window, True
-        self.decode_state, kept = None, len(linear_attn.heads.kept)
+        self.decode_state, self.maps, kept = None, None, len(linear_attn.heads.kept)
         if kept:
             self.kept = StaticSoftmaxLayer(
                 heads=kept, head_dim=linear_attn.head_dim, slots=slots, next_slot=next_slot, **options
@@ -79,18 +79,20 @@ class StaticLinearLayer(LinearizedCacheLayer):
         if not verdict:
             raise StaticError(f"the decode kernel: {verdict.reason}")
 
+    @torch.no_grad()
     def _fuse_maps(self) -> None:
-        """Map and gate in one product a side: q [W_q | u] + [0 | b],  k W_k - c W_k."""
+        """Map and gate in one product a side: q [W_q | u] + [0 | b],  k W_k - c W_k. In place, where they exist."""
         linear = self.linear_attn
-        gate = linear.gate_weight[..., None]
-        self.q_weight = torch.cat([linear.q_map, gate], -1).detach()  # [H, D, d + 1]
-        self.q_bias = torch.zeros_like(self.q_weight[:, :1])
-        self.q_bias[..., -1] = linear.gate_bias.detach()[:, None]
-        if not linear.far_enabled:
-            self.q_bias[..., -1] = -torch.inf
-        self.k_weight = linear.k_map.detach()  # [G, D, d]
-        self.k_bias = -(linear.key_center.detach()[:, None] @ self.k_weight)
-        self.decay = None if linear.log_decay is None else linear.log_decay.detach().contiguous()
+        q_weight = torch.cat([linear.q_map, linear.gate_weight[..., None]], -1)  # [H, D, d + 1]
+        q_bias = torch.zeros_like(q_weight[:, :1])
+        q_bias[..., -1] = linear.gate_bias[:, None] if linear.far_enabled else -torch.inf
+        k_bias = -(linear.key_center[:, None] @ linear.k_map)
+        new = q_weight, q_bias, linear.k_map.clone(), k_bias, linear.log_decay
+        if self.maps is None:
+            self.maps = new
+        for mine, x in zip(self.maps, new, strict=True):
+            if x is not None:
+                mine.copy_(x)
 
     def load(self, layer, rows: slice, order) -> None:
         """Puts what a growing layer remembers of some rows in its place; the buffers stay where they are."""
@@ -100,8 +102,10 @@ class StaticLinearLayer(LinearizedCacheLayer):
             self.kept.load(layer.kept, rows, order)
         if self.decode_state is None:
             return
+        if rows == slice(None):
+            self._fuse_maps()  # the weights may have changed since
         new = DecodeState.from_state(layer.state, window=self.window, splits=self.splits)
-        for name in (f.name for f in fields(new) if f.name not in ("pairs", "window")):
+        for name in (f.name for f in fields(new) if f.name != "window"):
             getattr(self.decode_state, name)[rows].copy_(getattr(new, name))
 
     @torch.compiler.disable
@@ -113,10 +117,11 @@ class StaticLinearLayer(LinearizedCacheLayer):
             return torch.empty_like(q)
         if softcap is not None or sink_logits is not None:
             raise StaticError("its attention has a softcap or sink logits, which the decode kernel lacks")
-        q_far = torch.baddbmm(self.q_bias, q[:, :, 0].transpose(0, 1).float(), self.q_weight).transpose(0, 1)
-        k_far = torch.baddbmm(self.k_bias, k[:, :, 0].transpose(0, 1).float(), self.k_weight).transpose(0, 1)
+        q_weight, q_bias, k_weight, k_bias, log_decay = self.maps
+        q_far = torch.baddbmm(q_bias, q[:, :, 0].transpose(0, 1).float(), q_weight).transpose(0, 1)
+        k_far = torch.baddbmm(k_bias, k[:, :, 0].transpose(0, 1).float(), k_weight).transpose(0, 1)
         q_far, gate, k_far = q_far[:, :, None, :-1], q_far[:, :, None, -1], k_far[:, :, None]
-        return decode(q, k, v, q_far, k_far, gate, self.decode_state, scaling=scaling, log_decay=self.decay)
+        return decode(q, k, v, q_far, k_far, gate, self.decode_state, scaling=scaling, log_decay=log_decay)
 
     def num_bytes(self) -> int:
         parts = [self.decode_state] * (self.decode_state is not None) + [self.kept] * bool(self.linear_attn.heads.kept)
