@@ -11,9 +11,12 @@ a model or machine cannot have one (mode="auto" decides; `decoder.why_eager` say
 B batch, T time, V vocabulary
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from .errors import LinearizeError
+from .rows import put, take
 from .sampling import Sampler, Sampling
 from .state import State, read
 from .static_cache import NO_END, StaticCache, StaticError
@@ -70,29 +73,34 @@ class Decoder:
         self._choose(state.logits)
         return self.token.clone()
 
-    @torch.no_grad()
     def replace(self, slot: int, state: State, *, seed: int = 0, max_new_tokens: int | None = None) -> int:
-        """Puts another text, a state of one row, into a slot, whatever was there; returns its first new token.
+        """`replace_rows` of a single row."""
+        return self.replace_rows([slot], state, seeds=[seed], max_new_tokens=max_new_tokens)[0]
 
-        seed: added to the sampling's. max_new_tokens: after which the row ends by itself. Raises StaticError where
-        static softmax has no room for it.
+    @torch.no_grad()
+    def replace_rows(self, slots: Sequence[int], state: State, *, seeds: Sequence[int],
+                     max_new_tokens: int | None = None) -> list[int]:  # fmt: skip
+        """Puts other texts, a state of as many rows, into slots, whatever was there; returns their first new tokens.
+
+        seeds: one a row, added to the sampling's. max_new_tokens: after which the rows end by themselves. Raises
+        StaticError where static softmax has no room for them.
         """
-        if len(state) != 1:
-            raise LinearizeError(f"a slot takes a state of one row, not of {len(state)}; see State.select")
-        rows = slice(slot, slot + 1)
+        if len(state) != len(slots):
+            raise LinearizeError(f"a state of {len(state)} rows for {len(slots)} slots; see State.select")
+        rows = torch.tensor(list(slots), device=self.device)
         if self.is_static:
             self.cache.load(state, rows, max_new_tokens=max_new_tokens)
-        elif self.cache is None:
-            state_each = state.select([0] * len(self.token))
-            self.cache, self.mask = state_each.cache, None if state.is_constant else state_each.tokens >= 0
         else:
-            self.cache, self.mask = state.put_into(self.cache, self.mask, slot, ~self.finished)
+            if self.cache is None:
+                each = state.select([0] * len(self.token))
+                self.cache, self.mask = each.cache, None if state.is_constant else each.tokens >= 0
+            self.cache, self.mask = state.put_into(self.cache, self.mask, rows, ~self.finished)
         self.position[rows] = state.lengths - 1
         self.last[rows] = NO_END if max_new_tokens is None else state.lengths + (max_new_tokens - 1)
         self.finished[rows] = False
-        self.sampler.start(state.tokens, rows, first=seed)
+        self.sampler.start(state.tokens, rows, numbers=seeds)
         self._choose(state.logits, rows)
-        return self.token[slot].item()
+        return self.token[rows].tolist()
 
     def decode_one(self):
         """The next token of each row, [B]; pad after a row's end. Does not wait for the device."""
@@ -128,13 +136,15 @@ class Decoder:
         self.logits = out.logits[:, -1]
         self._choose(self.logits)
 
-    def _choose(self, logits, rows: slice = slice(None)) -> None:
+    def _choose(self, logits, rows=None) -> None:
         """Takes the next token of these rows from logits [rows, V], in place; a row that has ended stands still."""
-        token = torch.where(self.finished[rows], self.pad, self.sampler.pick(logits, rows))
-        self.token[rows].copy_(token)
-        self.position[rows].add_(~self.finished[rows])
-        at_end = (token[:, None] == self.ends).any(-1) | (self.position[rows] >= self.last[rows])
-        self.finished[rows].logical_or_(at_end)
+        finished = take(self.finished, rows)
+        token = torch.where(finished, self.pad, self.sampler.pick(logits, rows))
+        position = take(self.position, rows) + ~finished
+        at_end = (token[:, None] == self.ends).any(-1) | (position >= take(self.last, rows))
+        put(self.token, rows, token)
+        put(self.position, rows, position)
+        put(self.finished, rows, finished | at_end)
 
     @property
     def is_static(self) -> bool:

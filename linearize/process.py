@@ -167,13 +167,14 @@ class _Work:
                 yield number, row, error
         self._find_shared([ids for ids, _ in prompts])
         for group, state in self._read(prompts):
-            for i, (_, slot) in enumerate(group):
-                index = self.slots.index(None)
+            slots = [slot for _, slot in group]
+            free = [i for i, slot in enumerate(self.slots) if slot is None][: len(slots)]
+            first = self.decoder.replace_rows(
+                free, state, seeds=[slot.number for slot in slots], max_new_tokens=self.max_new_tokens
+            )
+            for index, slot, token in zip(free, slots, first, strict=True):
                 self.slots[index] = slot
-                first = self.decoder.replace(
-                    index, state.select([i]), seed=slot.number, max_new_tokens=self.max_new_tokens
-                )
-                yield from self._add(index, [first])
+                yield from self._add(index, [token])
 
     def _find_shared(self, prompts: list[list[int]]) -> None:
         """Reads what many prompts begin with; less of it when a prompt shares only a part that is still worth it."""

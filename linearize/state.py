@@ -29,7 +29,7 @@ CHUNK = 4096  # tokens of a row that go through the model at once
 TOKENS_AT_ONCE = 32768  # tokens of all rows that do
 FORMAT = "linearize state 2"
 _SAMPLES = 4096  # numbers of each weight that go into the fingerprint
-MASK_AT_ONCE = 2**28  # query-key pairs, of all rows (and heads, where scores are written out), that do in softmax
+MASK_AT_ONCE = 2**27  # query-key pairs, of all rows (and heads, where scores are written out), that do in softmax
 _LAYER_FIELDS = tuple(f.name for f in fields(LayerState))
 _KEPT = {"kept_keys": "keys", "kept_values": "values"}  # of a converted layer's kept heads
 _GROWING = ("keys", "values", *_KEPT)
@@ -79,23 +79,23 @@ class State:
         cache.layers = [_with_width(layer, width) for layer in cache.layers]
         return State(cache, self.logits, _pad_or_cut(self.tokens, width, dim=1, value=-1))
 
-    def put_into(self, cache: Cache, mask, slot: int, going) -> tuple:
-        """Another (cache, mask) of the same model, with this state's one row in the place of row `slot`.
+    def put_into(self, cache: Cache, mask, rows, going) -> tuple:
+        """Another (cache, mask) of the same model, with this state's rows in the place of its `rows`, indices.
 
         mask [B, S] bool: which columns of softmax layers are tokens of a row; None where nothing is softmax. They
-        become as many as the longest row needs, of this one and those that are `going` [B] bool.
+        become as many as the longest row needs, of these and those that are `going` [B] bool.
         """
-        mine, new = self, _copy_cache(cache, torch.clone)
+        mine, new = self, copy.copy(cache)
         if mask is not None:
-            others = going.clone()
-            others[slot] = False
+            others = going.index_fill(0, rows, False)
             width = int(max(_columns(self.tokens >= 0).max(), (_columns(mask) * others).max()))
-            mine, new.layers = self.with_width(width), [_with_width(layer, width) for layer in new.layers]
-            mask = _pad_or_cut(mask, width, dim=1)
-            mask[slot] = mine.tokens[0] >= 0
-        for theirs, own in zip(new.layers, mine.cache.layers, strict=True):
-            for name, x in _tensors(theirs).items():
-                x[slot : slot + 1] = _tensors(own)[name]
+            mine, new.layers = self.with_width(width), [_with_width(layer, width) for layer in cache.layers]
+            mask = _pad_or_cut(mask, width, dim=1).index_copy(0, rows, mine.tokens >= 0)
+        pairs = zip(new.layers, mine.cache.layers, strict=True)
+        new.layers = [
+            _with_tensors(x, {n: t.index_copy(0, rows, _tensors(own)[n]) for n, t in _tensors(x).items()})
+            for x, own in pairs
+        ]
         return new, mask
 
     @staticmethod

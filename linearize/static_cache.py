@@ -17,6 +17,7 @@ from .errors import LinearizeError
 from .kept_softmax import has_softmax
 from .linearized_cache import LinearizedCacheLayer
 from .modeling_linearized import attention_modules, linear_attentions
+from .rows import put
 
 NO_END = 2**62  # steps: a row that ends by itself, or that nothing bounds
 
@@ -41,12 +42,12 @@ class StaticSoftmaxLayer(DynamicLayer):
         self.values.scatter_(2, index, value_states)
         return self.keys, self.values
 
-    def load(self, layer, rows: slice, order) -> None:
+    def load(self, layer, rows, order) -> None:
         """Copies keys and values of a growing layer; order [B, S]: its columns, those of tokens first."""
         order = order[:, None, : self.keys.shape[2], None]
         for mine, theirs in ((self.keys, layer.keys), (self.values, layer.values)):
             index = order.expand(-1, theirs.shape[1], -1, theirs.shape[3])
-            mine[rows, :, : index.shape[2]].copy_(theirs.gather(2, index))
+            put(mine[:, :, : index.shape[2]], rows, theirs.gather(2, index))
 
     def num_bytes(self) -> int:
         return 2 * self.keys.numel() * self.keys.element_size()
@@ -94,7 +95,7 @@ class StaticLinearLayer(LinearizedCacheLayer):
             if x is not None:
                 mine.copy_(x)
 
-    def load(self, layer, rows: slice, order) -> None:
+    def load(self, layer, rows, order) -> None:
         """Puts what a growing layer remembers of some rows in its place; the buffers stay where they are."""
         from linearize_kernels.decode import DecodeState
 
@@ -102,11 +103,11 @@ class StaticLinearLayer(LinearizedCacheLayer):
             self.kept.load(layer.kept, rows, order)
         if self.decode_state is None:
             return
-        if rows == slice(None):
+        if rows is None:
             self._fuse_maps()  # the weights may have changed since
         new = DecodeState.from_state(layer.state, window=self.window, splits=self.splits)
         for name in (f.name for f in fields(new) if f.name != "window"):
-            getattr(self.decode_state, name)[rows].copy_(getattr(new, name))
+            put(getattr(self.decode_state, name), rows, getattr(new, name))
 
     @torch.compiler.disable
     def attend(self, linear_attn, q, k, v, *, scaling, softcap=None, sink_logits=None, **_):
@@ -158,10 +159,11 @@ class StaticCache(Cache):
             ]
         )
 
-    def load(self, state, rows: slice = slice(None), *, max_new_tokens: int | None = None) -> None:
-        """Copies a `linearize.State` into these rows. max_new_tokens: after which the rows end; None: nobody knows.
+    def load(self, state, rows=None, *, max_new_tokens: int | None = None) -> None:
+        """Copies a `linearize.State` into these rows, indices (None: all).
 
-        Raises StaticError where softmax has too few slots for it.
+        max_new_tokens: after which the rows end; None: nobody knows. Raises StaticError where softmax has too few
+        slots for it.
         """
         valid = state.tokens >= 0
         if self.slots is not None:
@@ -169,7 +171,8 @@ class StaticCache(Cache):
             if longest + (max_new_tokens or 1) > self.slots:
                 new = f" and {max_new_tokens} to come" if max_new_tokens else ""
                 raise StaticError(f"{longest} tokens read{new}, and the decoder's softmax slots hold {self.slots}")
-            self.free[rows] = NO_END if max_new_tokens else self.slots - longest
+            chosen = slice(None) if rows is None else rows.tolist()
+            self.free[chosen] = NO_END if max_new_tokens else self.slots - longest
         order = (~valid).int().argsort(dim=1, stable=True)
         for mine, layer in zip(self.layers, state.cache.layers, strict=True):
             mine.load(layer, rows, order)

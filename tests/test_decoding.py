@@ -183,7 +183,8 @@ def test_softmax_rows_of_other_lengths_take_their_slots(name, mode):
     def put(slot, state):
         return [decoder.replace(slot, state, max_new_tokens=7)]
 
-    answers = [put(0, read(model, texts[0])), put(1, padded.select([0]))]
+    both = read(model, *(x.to(DEVICE) for x in pad([texts[1][0], texts[0][0]])))
+    answers = [[t] for t in decoder.replace_rows([1, 0], both, seeds=[0, 0], max_new_tokens=7)][::-1]
     for row, new in zip(answers, decoder.decode_n(3).tolist(), strict=True):
         row += new
     answers[0] = put(0, padded.select([1]))  # the row of 10 goes, one of 3 comes, the one of 14 goes on
@@ -318,9 +319,11 @@ def test_a_graph_with_kept_softmax_gives_the_eager_tokens(name):
 
 
 @pytest.mark.gpu
-def test_decode_n_never_waits_for_the_device():
-    model, (ids, mask) = make(), batch()
-    decoder = Decoder(model, batch=3, sampling=Sampling(temperature=0.7, top_p=0.9, min_p=0.01, seed=1))
+@pytest.mark.parametrize("settings", [{}, KEPT["a layer and a head"]])
+def test_decode_n_never_waits_for_the_device(settings):
+    model, (ids, mask) = make(**settings), batch()
+    sampling = Sampling(temperature=0.7, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=1)
+    decoder = Decoder(model, batch=3, sampling=sampling, mode="graph", max_length=120)
     decoder.prefill(ids, mask)
     torch.cuda.set_sync_debug_mode("error")
     try:
