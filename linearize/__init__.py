@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Decoder": "linearize.decoding",
+    "GraphCache": "linearize.graph_cache",
     "LinearizeError": "linearize.errors",
     "Recipe": "linearize.recipe",
     "Sampling": "linearize.sampling",

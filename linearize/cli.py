@@ -152,7 +152,7 @@ def _add_eval(verbs) -> None:
 
 def _add_process(verbs) -> None:
     parser = _verb(verbs, "process", _process, "answer every row of a file", examples.PROCESS_EPILOG)
-    parser.add_argument("folder", metavar="DIR", help="a converted model, all layers linear")
+    parser.add_argument("folder", metavar="DIR", help="a converted model")
     parser.add_argument("source", metavar="IN", help=".jsonl, .parquet, or a folder of Dataset.save_to_disk")
     parser.add_argument("target", metavar="OUT.jsonl", help="one line a row, in order")
     parser.add_argument("--template", default="{text}", metavar="TEXT", help="the prompt; columns in braces")
@@ -161,6 +161,8 @@ def _add_process(verbs) -> None:
     parser.add_argument("--batch", type=_positive, default=None, metavar="N", help="rows at once (default: by memory)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
+    length = "most tokens of a row, prompt and answer; longer ones are errors (default: what the longest row needs)"
+    parser.add_argument("--max-length", type=_positive, default=None, metavar="N", help=length)
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     parser.add_argument("--seed", type=int, default=None, metavar="N", help="row n draws by N + n")
     parser.set_defaults(if_interrupted="; give the same command again to resume")
@@ -263,7 +265,8 @@ def _process(args: argparse.Namespace) -> None:
     from linearize.process import process
     from linearize.sampling import Sampling
 
-    names = ("folder", "source", "target", "template", "chat", "prefix", "batch", "max_new_tokens", "device")
+    names = ("folder", "source", "target", "template", "chat", "prefix", "batch", "max_new_tokens", "max_length",
+             "device")  # fmt: skip
     sampling = Sampling(temperature=args.temperature, seed=args.seed)
     process(**{name: getattr(args, name) for name in names}, sampling=sampling)
 

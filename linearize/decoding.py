@@ -11,12 +11,15 @@ a model or machine cannot have one (mode="auto" decides; `decoder.why_eager` say
 B batch, T time, V vocabulary
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from .errors import LinearizeError
+from .rows import put, take
 from .sampling import Sampler, Sampling
 from .state import State, read
-from .static_cache import StaticCache, StaticError
+from .static_cache import NO_END, StaticCache, StaticError
 
 MODES = ("auto", "graph", "static", "eager")
 CHECK_EVERY = 16  # tokens between looks at which rows have ended
@@ -28,8 +31,8 @@ class Decoder:
     mode: "graph" (a CUDA graph over static state), "static" (the same without a graph), "eager" (the model's
     own cache), "auto" (graph on a GPU where the model can, else eager). Raises StaticError where a forced mode
     cannot run. eos, pad: token ids, by default the model's. max_length: the most tokens of a row, prompt
-    included; needed for static decoding where layers have kept softmax, whose keys then get that much room. An
-    unconverted model decodes here too, as one that has kept all layers.
+    included; needed for static decoding where layers or kv heads have kept softmax, whose keys then get that much
+    room. An unconverted model decodes here too, as one that has kept all layers.
     """
 
     def __init__(self, model, *, batch: int, sampling: Sampling | None = None, eos=None, pad=None, mode: str = "auto",
@@ -44,8 +47,10 @@ class Decoder:
         self.pad = torch.tensor(pad, device=self.device)
         self.token = torch.zeros(batch, dtype=torch.long, device=self.device)
         self.position = torch.zeros(batch, dtype=torch.long, device=self.device)  # of self.token in its row
-        self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
-        self.mask = None  # [B, seen] where the model's own cache needs one
+        self.last = torch.full((batch,), NO_END, device=self.device)  # position at which a row ends in any case
+        self.finished = torch.ones(batch, dtype=torch.bool, device=self.device)  # rows that have ended, or never began
+        self.logits = None  # [B, V] of the newest step; a graph writes them in place
+        self.mask = None  # [B, seen] bool where the model's own cache holds softmax keys
         self._choose_mode(mode, batch, max_length)
 
     def prefill(self, input_ids, attention_mask=None, *, state: State | None = None):
@@ -60,33 +65,42 @@ class Decoder:
         if self.is_static:
             self.cache.load(state)
         else:
-            self.cache, self.mask = state.copy().cache, state.tokens >= 0
+            self.cache, self.mask = state.copy().cache, None if state.is_constant else state.tokens >= 0
         self.position.copy_(state.lengths - 1)
+        self.last.fill_(NO_END)
         self.finished.zero_()
         self.sampler.start(state.tokens)
         self._choose(state.logits)
         return self.token.clone()
 
-    @torch.no_grad()
-    def replace(self, slot: int, state: State, *, seed: int = 0) -> int:
-        """Puts another text, a state of one row, into a slot, whatever was there; returns its first new token.
+    def replace(self, slot: int, state: State, *, seed: int = 0, max_new_tokens: int | None = None) -> int:
+        """`replace_rows` of a single row."""
+        return self.replace_rows([slot], state, seeds=[seed], max_new_tokens=max_new_tokens)[0]
 
-        seed: added to the sampling's. Raises StaticError where layers have kept softmax.
+    @torch.no_grad()
+    def replace_rows(self, slots: Sequence[int], state: State, *, seeds: Sequence[int],
+                     max_new_tokens: int | None = None) -> list[int]:  # fmt: skip
+        """Puts other texts, a state of as many rows, into slots, whatever was there; returns their first new tokens.
+
+        seeds: one a row, added to the sampling's. max_new_tokens: after which the rows end by themselves. Raises
+        StaticError where static softmax has no room for them.
         """
-        if not state.is_constant or len(state) != 1:
-            raise StaticError("a slot takes a state of one row, and of a model without softmax layers")
-        rows = slice(slot, slot + 1)
+        if len(state) != len(slots):
+            raise LinearizeError(f"a state of {len(state)} rows for {len(slots)} slots; see State.select")
+        rows = torch.tensor(list(slots), device=self.device)
         if self.is_static:
-            self.cache.load(state, rows)
-        elif self.cache is None:
-            self.cache, self.mask = state.select([0] * len(self.token)).cache, torch.ones_like(self.finished)[:, None]
+            self.cache.load(state, rows, max_new_tokens=max_new_tokens)
         else:
-            self.cache = state.put_into(self.cache, slot)
+            if self.cache is None:
+                each = state.select([0] * len(self.token))
+                self.cache, self.mask = each.cache, None if state.is_constant else each.tokens >= 0
+            self.cache, self.mask = state.put_into(self.cache, self.mask, rows, ~self.finished)
         self.position[rows] = state.lengths - 1
+        self.last[rows] = NO_END if max_new_tokens is None else state.lengths + (max_new_tokens - 1)
         self.finished[rows] = False
-        self.sampler.start(state.tokens, rows, first=seed)
+        self.sampler.start(state.tokens, rows, numbers=seeds)
         self._choose(state.logits, rows)
-        return self.token[slot].item()
+        return self.token[rows].tolist()
 
     def decode_one(self):
         """The next token of each row, [B]; pad after a row's end. Does not wait for the device."""
@@ -110,23 +124,27 @@ class Decoder:
     def _step(self) -> None:
         """One token of every row through the model, and the choice of the next: what the graph holds."""
         if self.is_static:
-            mask = self.cache.open_slot()
+            mask = self.cache.open_slot(self.position)
+        elif self.mask is None:
+            mask = None
         else:
             mask = self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
         out = self.model(
             input_ids=self.token[:, None], position_ids=self.position[:, None], attention_mask=mask,
             past_key_values=self.cache, use_cache=True,
         )  # fmt: skip
-        if self.is_static:
-            self.cache.close_slot()
-        self._choose(out.logits[:, -1])
+        self.logits = out.logits[:, -1]
+        self._choose(self.logits)
 
-    def _choose(self, logits, rows: slice = slice(None)) -> None:
-        """Takes the next token of these rows from logits [rows, V], in place."""
-        token = torch.where(self.finished[rows], self.pad, self.sampler.pick(logits, rows))
-        self.finished[rows].logical_or_((token[:, None] == self.ends).any(-1))
-        self.token[rows].copy_(token)
-        self.position[rows].add_(1)
+    def _choose(self, logits, rows=None) -> None:
+        """Takes the next token of these rows from logits [rows, V], in place; a row that has ended stands still."""
+        finished = take(self.finished, rows)
+        token = torch.where(finished, self.pad, self.sampler.pick(logits, rows))
+        position = take(self.position, rows) + ~finished
+        at_end = (token[:, None] == self.ends).any(-1) | (position >= take(self.last, rows))
+        put(self.token, rows, token)
+        put(self.position, rows, position)
+        put(self.finished, rows, finished | at_end)
 
     @property
     def is_static(self) -> bool:

@@ -6,7 +6,7 @@ A unit is what `attention.keep_softmax.count` counts: a whole layer, or one kv h
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from .modeling_linearized import linear_attentions
+from .modeling_linearized import attention_modules, linear_attentions
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,12 @@ class Unit:
 
     def __str__(self) -> str:
         return str(self.layer) if self.head is None else f"{self.layer}.{self.head}"
+
+
+def has_softmax(model) -> bool:
+    """Whether any layer or kv head is softmax, so that memory grows with the text; true of an unconverted model."""
+    linear = linear_attentions(model)
+    return set(attention_modules(model)) != set(linear) or any(x.heads.kept for x in linear.values())
 
 
 def units_of(model, unit: str) -> list[Unit]:

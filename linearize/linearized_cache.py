@@ -3,10 +3,12 @@
 Where a layer keeps some kv heads in softmax, those heads' keys and values are held beside it, and grow.
 """
 
+import importlib
 from dataclasses import replace
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.generation import GenerationMode
 
 DRAFT_SLOTS = 128  # newest tokens that can be taken back again while assisted decoding is on
 
@@ -140,3 +142,24 @@ class LinearizedCacheLayer(CacheLayerMixin):
             return 0
         kept = (self.kept.keys, self.kept.values) if self.kept.is_initialized else ()
         return self.state.num_bytes() + sum(t.nbytes for t in kept)
+
+
+def chosen_cache(model, generation_config, mode, batch_size: int, max_length: int):
+    """The empty cache that `model.generate` has been asked for; the arguments are transformers'."""
+    kind = generation_config.cache_implementation
+    if kind in (None, "dynamic"):
+        return model.make_cache()
+    if kind != "static":
+        raise CacheError(
+            f"cache_implementation={kind!r}: a converted model has its own cache, of constant size. Leave it out, or "
+            "choose 'static' for the whole step in one CUDA graph."
+        )
+    if not __name__.startswith("linearize."):
+        raise CacheError(
+            "cache_implementation='static' needs linearize: import linearize before from_pretrained, and leave "
+            "trust_remote_code out"
+        )
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or generation_config.is_assistant:
+        raise CacheError("cache_implementation='static' is for greedy search and sampling; leave it out for others")
+    make = importlib.import_module("linearize.graph_cache").graph_cache_of
+    return make(model, batch=batch_size * generation_config.num_return_sequences, max_length=max_length)

@@ -36,7 +36,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .linear_attention import FEATURE_MAPS, LinearAttention, State, hybrid_attention
-from .linearized_cache import CacheError, LinearizedCacheLayer
+from .linearized_cache import CacheError, LinearizedCacheLayer, chosen_cache
 from .softmax_heads import kept_attention, softmax_function
 
 LINEARIZED = "linearized"  # model type, and the attention implementation in which converted layers are linear
@@ -250,6 +250,9 @@ class LinearizedMixin:
     def forward(self, **kwargs):
         implementation = self.config._attn_implementation
         if implementation == LINEARIZED:
+            run_model = getattr(kwargs.get("past_key_values"), "run_model", None)
+            if run_model is not None:  # a GraphCache
+                return run_model(self, **kwargs)
             kwargs.update(with_linear_context(self, **kwargs))
         elif implementation != TEACHER:
             raise ValueError(
@@ -270,12 +273,7 @@ class LinearizedMixin:
         mine = self.config._attn_implementation == LINEARIZED and generation_config.use_cache is not False
         if not mine or model_kwargs.get("past_key_values") is not None:
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise CacheError(
-                f"cache_implementation={generation_config.cache_implementation!r}: a converted model has one "
-                "kind of cache, of constant size. Leave cache_implementation out."
-            )
-        model_kwargs["past_key_values"] = self.make_cache()
+        model_kwargs["past_key_values"] = chosen_cache(self, generation_config, *args, **kwargs)
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
 

@@ -20,9 +20,11 @@ import torch
 from tqdm import tqdm
 
 from .decoding import CHECK_EVERY, Decoder
-from .errors import DataError, LinearizeError
+from .errors import LinearizeError
+from .kept_softmax import has_softmax
 from .loading import load
 from .process_files import Output, read_rows
+from .process_prompts import Prompts
 from .sampling import Sampling
 from .state import TOKENS_AT_ONCE, State, read
 
@@ -41,12 +43,15 @@ class _Slot:
 
 
 def process(folder, source, target, *, template: str = "{text}", chat: bool = False, prefix: str = "",
-            batch: int | None = None, max_new_tokens: int = 64, sampling: Sampling | None = None,
-            field_name: str = "output", device: str = "auto", mode: str = "auto") -> dict:  # fmt: skip
+            batch: int | None = None, max_new_tokens: int = 64, max_length: int | None = None,
+            sampling: Sampling | None = None, field_name: str = "output", device: str = "auto",
+            mode: str = "auto") -> dict:  # fmt: skip
     """Answers every row of `source` (.jsonl, .parquet or a dataset's folder) into the .jsonl file `target`.
 
     template: the prompt, with a row's columns in braces. prefix: text before every prompt, read once. batch: None
-    takes what half of the free memory holds. An output line is the row with its number as "row" and the answer under
+    takes what half of the free memory holds. max_length: the most tokens of a row, prefix, prompt and answer; longer
+    rows are errors. None: what the longest row needs, for which all prompts are counted first where the model keeps
+    softmax, whose memory grows with it. An output line is the row with its number as "row" and the answer under
     `field_name`. Returns this process's counts. Raises DataError for a file or template that does no row any good.
     """
     total, rows = read_rows(source)
@@ -55,13 +60,23 @@ def process(folder, source, target, *, template: str = "{text}", chat: bool = Fa
     with closing(output):
         model, tokenizer = load(folder, device=processes.device if processes else device)
         before = read(model, tokenizer(prefix, return_tensors="pt").input_ids) if prefix else None
-        batch = batch or pick_batch(model, rows=-(-total // world))
-        decoder = Decoder(model, batch=batch, sampling=sampling, mode=mode, pad=tokenizer.pad_token_id)
-        work = _Work(model, tokenizer, decoder, before, template, chat, max_new_tokens)
-        left = ((n, row) for n, row in enumerate(rows) if n % world == rank and not output.is_done(n))
+        prompts = Prompts(model, tokenizer, before, template=template, chat=chat, max_new_tokens=max_new_tokens,
+                          max_length=max_length)  # fmt: skip
+
+        def left(rows):
+            return ((n, row) for n, row in enumerate(rows) if n % world == rank and not output.is_done(n))
+
+        if prompts.max_length is None and has_softmax(model):
+            prompts.max_length = prompts.longest(row for _, row in left(read_rows(source)[1])) + max_new_tokens
+        batch = batch or pick_batch(model, rows=-(-total // world), length=prompts.max_length)
+        decoder = Decoder(
+            model, batch=batch, sampling=sampling, mode=mode, pad=tokenizer.pad_token_id,
+            max_length=prompts.max_length,
+        )  # fmt: skip
+        work = _Work(model, decoder, before, prompts)
         done = sum(output.is_done(n) for n in range(rank, total, world))
         with tqdm(total=len(range(rank, total, world)), initial=done, unit="row", disable=rank > 0) as bar:
-            counts = _answer(work, left, output, bar, tokenizer, field_name)
+            counts = _answer(work, left(rows), output, bar, tokenizer, field_name)
     if processes:
         processes.wait_for_everyone()
     if rank == 0:
@@ -99,13 +114,13 @@ def _processes(device: str):
     return state, state.process_index, state.num_processes
 
 
-@torch.no_grad()
-def pick_batch(model, *, rows: int) -> int:
+def pick_batch(model, *, rows: int, length: int | None = None) -> int:
     """The most rows at once, a power of two, that half of the free memory holds; no more than there are rows need.
 
-    A row costs its state three times (in use, being replaced, being read) and logits in float32 four times.
+    A row costs its state, of `length` tokens where softmax has been kept, three times (in use, being replaced, being
+    read) and logits in float32 four times.
     """
-    state = read(model, torch.zeros(1, 1, dtype=torch.long)).num_bytes()
+    state = read(model, torch.zeros(1, 1, dtype=torch.long)).num_bytes(length)
     each = 3 * state + 4 * 4 * model.config.get_text_config().vocab_size
     batch, limit = 1, MAX_BATCH.get(model.device.type, MAX_BATCH["cpu"])
     while batch < min(limit, rows) and 2 * batch * each <= free_bytes(model.device) / 2:
@@ -124,10 +139,9 @@ def free_bytes(device: torch.device) -> int:
 class _Work:
     """The slots and what fills them."""
 
-    def __init__(self, model, tokenizer, decoder: Decoder, before: State | None, template, chat, max_new_tokens):
-        self.model, self.tokenizer, self.decoder, self.before = model, tokenizer, decoder, before
-        self.template, self.chat, self.max_new_tokens = template, chat, max_new_tokens
-        self.ends = set(decoder.ends.tolist())
+    def __init__(self, model, decoder: Decoder, before: State | None, prompts: Prompts):
+        self.model, self.decoder, self.before, self.prompts = model, decoder, before, prompts
+        self.max_new_tokens, self.ends = prompts.max_new_tokens, set(decoder.ends.tolist())
         self.slots: list[_Slot | None] = [None] * len(decoder.token)
         self.shared, self.after_shared = [], None  # token ids after `before` that prompts begin with
 
@@ -148,15 +162,19 @@ class _Work:
         prompts = []
         for number, row in rows:
             try:
-                prompts.append((self._tokens(row), _Slot(number, row)))
+                prompts.append((self.prompts.tokens(row), _Slot(number, row)))
             except LinearizeError as error:
                 yield number, row, error
         self._find_shared([ids for ids, _ in prompts])
         for group, state in self._read(prompts):
-            for i, (_, slot) in enumerate(group):
-                index = self.slots.index(None)
+            slots = [slot for _, slot in group]
+            free = [i for i, slot in enumerate(self.slots) if slot is None][: len(slots)]
+            first = self.decoder.replace_rows(
+                free, state, seeds=[slot.number for slot in slots], max_new_tokens=self.max_new_tokens
+            )
+            for index, slot, token in zip(free, slots, first, strict=True):
                 self.slots[index] = slot
-                yield from self._add(index, [self.decoder.replace(index, state.select([i]), seed=slot.number)])
+                yield from self._add(index, [token])
 
     def _find_shared(self, prompts: list[list[int]]) -> None:
         """Reads what many prompts begin with; less of it when a prompt shares only a part that is still worth it."""
@@ -191,31 +209,6 @@ class _Work:
                 self.slots[index] = None
                 yield slot.number, slot.row, slot.answer
                 return
-
-    def _tokens(self, row) -> list[int]:
-        """The token ids of a row's prompt. Raises DataError for a row that makes none."""
-        if not isinstance(row, dict):
-            raise DataError(str(row) if isinstance(row, str) else f"not an object but a {type(row).__name__}")
-        try:
-            prompt = self.template.format_map(row)
-        except (KeyError, IndexError, AttributeError, ValueError) as error:
-            columns = ", ".join(map(str, row))
-            raise DataError(f"the template asks for {error}; the row's columns are {columns}") from error
-        if self.chat:
-            message = [{"role": "user", "content": prompt}]
-            ids = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True).input_ids
-        else:
-            ids = self.tokenizer(prompt, add_special_tokens=self.before is None).input_ids
-        if not prompt.strip() or len(ids) == 0:
-            raise DataError("the prompt is empty")
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        past = 0 if self.before is None else self.before.tokens.shape[1]
-        if longest and past + len(ids) + self.max_new_tokens > longest:
-            raise DataError(
-                f"{past + len(ids)} tokens and {self.max_new_tokens} new ones are more than the model's "
-                f"{longest} positions"
-            )
-        return ids
 
 
 def groups_of_like_length(prompts, *, most: float = 2) -> Iterator[list]:

@@ -13,6 +13,7 @@ import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from .errors import LinearizeError
+from .rows import put, take
 
 _RANDOM_BITS = 23  # the largest draw times a float32 total stays below the total
 
@@ -54,14 +55,14 @@ class Sampling:
             if value != off
         ]
 
-    def row_seeds(self, batch: int, first: int = 0) -> torch.Tensor:
-        """[B] int64 on the CPU; first: the number of the first row, where one seed is for all."""
+    def row_seeds(self, numbers: Sequence[int]) -> torch.Tensor:
+        """[B] int64 on the CPU, for rows of these numbers, which count where one seed is for all."""
         if self.seed is None:
-            return torch.randint(2**62, (batch,))
+            return torch.randint(2**62, (len(numbers),))
         if isinstance(self.seed, int):
-            return self.seed + first + torch.arange(batch)
-        if len(self.seed) != batch:
-            raise LinearizeError(f"{len(self.seed)} seeds for {batch} rows: give one, or one a row")
+            return self.seed + torch.tensor(list(numbers))
+        if len(self.seed) != len(numbers):
+            raise LinearizeError(f"{len(self.seed)} seeds for {len(numbers)} rows: give one, or one a row")
         return torch.tensor(list(self.seed))
 
 
@@ -70,37 +71,45 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, *, batch: int, vocabulary: int, device):
         self.sampling, self.filters = sampling, sampling.filters()
+        self.rows = torch.arange(batch, device=device)
         self.seeds = torch.zeros(batch, dtype=torch.long, device=device)
         self.counts = torch.zeros(batch, dtype=torch.long, device=device)
         penalised = sampling.repetition_penalty != 1
         self.seen = torch.zeros(batch, vocabulary, dtype=torch.bool, device=device) if penalised else None
+        self.true = torch.tensor(True, device=device)
 
-    def start(self, tokens, rows: slice = slice(None), *, first: int = 0) -> None:
-        """Begins these rows again after prompts [rows, T], -1 where there is no token. first: see row_seeds."""
-        self.seeds[rows].copy_(self.sampling.row_seeds(len(tokens), first))
-        self.counts[rows].zero_()
+    def start(self, tokens, rows=None, *, numbers: Sequence[int] | None = None) -> None:
+        """Begins these rows, indices (None: all), again after prompts [rows, T], -1 where there is no token.
+
+        numbers: see row_seeds.
+        """
+        numbers = range(len(tokens)) if numbers is None else numbers
+        put(self.seeds, rows, self.sampling.row_seeds(numbers).to(self.seeds.device))
+        put(self.counts, rows, torch.zeros_like(take(self.counts, rows)))
         if self.seen is not None:
             marks = torch.zeros(len(tokens), self.seen.shape[1] + 1, dtype=torch.bool, device=tokens.device)
-            self.seen[rows].copy_(marks.scatter_(1, tokens + 1, True)[:, 1:])
+            put(self.seen, rows, marks.scatter_(1, tokens + 1, True)[:, 1:])
 
-    def pick(self, logits, rows: slice = slice(None)):
-        """logits [rows, V] -> tokens [rows]."""
+    def pick(self, logits, rows=None):
+        """logits [rows, V] -> tokens [rows]. rows: indices, or None for all."""
         scores = logits.float()
         if self.seen is not None:
             penalty = self.sampling.repetition_penalty
-            scores = torch.where(self.seen[rows], torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+            seen = take(self.seen, rows)
+            scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
         for filter_scores in self.filters:
             scores = filter_scores(None, scores)
         tokens = scores.argmax(-1) if self.sampling.temperature == 0 else self._draw(scores.softmax(-1), rows)
-        self.counts[rows].add_(1)
+        put(self.counts, rows, take(self.counts, rows) + 1)
         if self.seen is not None:
-            self.seen[rows].scatter_(1, tokens[:, None], True)
+            self.seen.index_put_((take(self.rows, rows), tokens), self.true)
         return tokens
 
     def _draw(self, probabilities, rows):
         """The first token whose running sum passes the row's number."""
         sums = probabilities.cumsum(-1)
-        passed = (sums > uniform(self.seeds[rows], self.counts[rows])[:, None] * sums[:, -1:]) & (probabilities > 0)
+        draw = uniform(take(self.seeds, rows), take(self.counts, rows))
+        passed = (sums > draw[:, None] * sums[:, -1:]) & (probabilities > 0)
         return passed.int().argmax(-1)
 
 

@@ -22,13 +22,17 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from linearize_kernels.state import State as LayerState
 
 from .errors import LinearizeError
+from .kept_softmax import has_softmax
 from .linearized_cache import LinearizedCacheLayer
 
 CHUNK = 4096  # tokens of a row that go through the model at once
 TOKENS_AT_ONCE = 32768  # tokens of all rows that do
-FORMAT = "linearize state 1"
+FORMAT = "linearize state 2"
 _SAMPLES = 4096  # numbers of each weight that go into the fingerprint
+MASK_AT_ONCE = 2**27  # query-key pairs, of all rows (and heads, where scores are written out), that do in softmax
 _LAYER_FIELDS = tuple(f.name for f in fields(LayerState))
+_KEPT = {"kept_keys": "keys", "kept_values": "values"}  # of a converted layer's kept heads
+_GROWING = ("keys", "values", *_KEPT)
 
 
 class StateError(LinearizeError):
@@ -54,7 +58,7 @@ class State:
     def copy(self) -> "State":
         """Another State whose cache the model may go on with: it replaces tensors and changes none."""
         cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(x) if _is_known(x) else copy.deepcopy(x) for x in cache.layers]
+        cache.layers = [_with_tensors(x, _tensors(x)) if _is_known(x) else copy.deepcopy(x) for x in cache.layers]
         return State(cache, self.logits, self.tokens)
 
     def select(self, rows: Sequence[int]) -> "State":
@@ -69,39 +73,53 @@ class State:
 
         return State(_copy_cache(self.cache, pick), pick(self.logits), pick(self.tokens))
 
-    def put_into(self, cache: Cache, slot: int) -> Cache:
-        """Another cache of the same model, with this state's one row in the place of its row `slot`."""
-        new = copy.copy(cache)
-        new.layers = []
-        for theirs, mine in zip(cache.layers, self.cache.layers, strict=True):
-            tensors = {name: x.clone() for name, x in _tensors(theirs).items()}
-            for name, x in _tensors(mine).items():
-                tensors[name][slot : slot + 1] = x
-            new.layers.append(_with_tensors(theirs, tensors))
-        return new
+    def with_width(self, width: int) -> "State":
+        """The same with `width` columns, T: padding on the left comes or goes. What is cut off is forgotten."""
+        cache = copy.copy(self.cache)
+        cache.layers = [_with_width(layer, width) for layer in cache.layers]
+        return State(cache, self.logits, _pad_or_cut(self.tokens, width, dim=1, value=-1))
+
+    def put_into(self, cache: Cache, mask, rows, going) -> tuple:
+        """Another (cache, mask) of the same model, with this state's rows in the place of its `rows`, indices.
+
+        mask [B, S] bool: which columns of softmax layers are tokens of a row; None where nothing is softmax. They
+        become as many as the longest row needs, of these and those that are `going` [B] bool.
+        """
+        mine, new = self, copy.copy(cache)
+        if mask is not None:
+            others = going.index_fill(0, rows, False)
+            width = int(max(_columns(self.tokens >= 0).max(), (_columns(mask) * others).max()))
+            mine, new.layers = self.with_width(width), [_with_width(layer, width) for layer in cache.layers]
+            mask = _pad_or_cut(mask, width, dim=1).index_copy(0, rows, mine.tokens >= 0)
+        pairs = zip(new.layers, mine.cache.layers, strict=True)
+        new.layers = [
+            _with_tensors(x, {n: t.index_copy(0, rows, _tensors(own)[n]) for n, t in _tensors(x).items()})
+            for x, own in pairs
+        ]
+        return new, mask
 
     @staticmethod
     def join(states: Sequence["State"]) -> "State":
-        """The rows of several states in one. Softmax layers ask that all have read equally many slots."""
+        """The rows of several states in one."""
         if len(states) == 1:
             return states[0]
-        longest = max(s.tokens.shape[1] for s in states)
-        if any(s.tokens.shape[1] != longest for s in states) and not states[0].is_constant:
-            raise StateError("states of a model with softmax layers can be joined where all are equally long")
-        pad = torch.nn.functional.pad
-        tokens = torch.cat([pad(s.tokens, [longest - s.tokens.shape[1], 0], value=-1) for s in states])
+        width = max(s.tokens.shape[1] for s in states)
+        states = [s if s.tokens.shape[1] == width else s.with_width(width) for s in states]
         cache = copy.copy(states[0].cache)
         cache.layers = [_join_layers(layers) for layers in zip(*(s.cache.layers for s in states), strict=True)]
-        return State(cache, torch.cat([s.logits for s in states]), tokens)
+        return State(cache, torch.cat([s.logits for s in states]), torch.cat([s.tokens for s in states]))
 
     @property
     def is_constant(self) -> bool:
-        """Whether its size is independent of the text's length: every layer is converted."""
-        return all(isinstance(layer, LinearizedCacheLayer) for layer in self.cache.layers)
+        """Whether its size is independent of the text's length: every head of every layer is linear."""
+        return all(isinstance(x, LinearizedCacheLayer) and not x.kept.is_initialized for x in self.cache.layers)
 
-    def num_bytes(self) -> int:
-        """Bytes of the layers' memory, the whole batch."""
-        return sum(x.numel() * x.element_size() for layer in self.cache.layers for x in _tensors(layer).values())
+    def num_bytes(self, width: int | None = None) -> int:
+        """Bytes of the layers' memory, the whole batch; width: as if so many tokens had been read."""
+        layers = self.cache.layers
+        if width is not None:
+            layers = [_with_width(layer, width) for layer in _copy_cache(self.cache, lambda x: x.to("meta")).layers]
+        return sum(x.numel() * x.element_size() for layer in layers for x in _tensors(layer).values())
 
     def save(self, path, model, tokenizer=None) -> None:
         """Writes a safetensors file that knows which model (and tokenizer) it belongs to."""
@@ -151,15 +169,31 @@ def read(model, input_ids, attention_mask=None, *, state: State | None = None, c
         if len(state) != 1:
             raise LinearizeError(f"{len(input_ids)} texts after a state of {len(state)} rows")
         state = state.select([0] * len(input_ids))
-    chunk = max(1, min(chunk, input_ids.shape[1]))
-    rows, parts = max(1, TOKENS_AT_ONCE // chunk), []
-    if not all(isinstance(layer, LinearizedCacheLayer) for layer in make_cache(model).layers):
-        rows = len(input_ids)  # not every other kind of cache can be joined again
+    past = 0 if state is None else state.tokens.shape[1]
+    rows, chunk = _tokens_at_once(model, len(input_ids), input_ids.shape[1], past, chunk)
+    parts = []
     for start in range(0, len(input_ids), rows):
         some = range(start, min(start + rows, len(input_ids)))
         before = None if state is None else state.select(some)
         parts.append(_read_rows(model, input_ids[start : start + rows], mask[start : start + rows], before, chunk))
     return State.join(parts)
+
+
+def _tokens_at_once(model, batch: int, length: int, past: int, chunk: int) -> tuple[int, int]:
+    """(rows, tokens of each) that go through the model at once, so that no tensor grows with batch or length alone.
+
+    Where anything is softmax, every token meets all before it: the longer the text, the fewer tokens.
+    """
+    chunk = max(1, min(chunk, length))
+    rows = min(batch, max(1, TOKENS_AT_ONCE // chunk))
+    if not all(_is_known(layer) for layer in make_cache(model).layers):
+        rows = batch  # not every other kind of cache can be joined again
+    config = model.config.get_text_config()
+    if has_softmax(model):
+        implementation = getattr(config, "_softmax_implementation", config._attn_implementation)
+        heads = config.num_attention_heads if implementation == "eager" else 1
+        chunk = max(1, min(chunk, MASK_AT_ONCE // (rows * heads * (past + length))))
+    return rows, chunk
 
 
 def _read_rows(model, input_ids, mask, before, chunk) -> State:
@@ -222,7 +256,8 @@ def _is_known(layer) -> bool:
 def _tensors(layer) -> dict[str, torch.Tensor]:
     """What a cache layer holds, by name."""
     if isinstance(layer, LinearizedCacheLayer):
-        return {name: getattr(layer.state, name) for name in _LAYER_FIELDS}
+        kept = {name: getattr(layer.kept, theirs) for name, theirs in _KEPT.items() if layer.kept.is_initialized}
+        return {name: getattr(layer.state, name) for name in _LAYER_FIELDS} | kept
     if isinstance(layer, DynamicLayer):
         return {"keys": layer.keys, "values": layer.values}
     raise StateError(f"a {type(layer).__name__} cannot be copied or saved; softmax and converted layers can")
@@ -230,9 +265,12 @@ def _tensors(layer) -> dict[str, torch.Tensor]:
 
 def _fill(layer, tensors, seen: int, dtype) -> None:
     """The reverse of `_tensors`, for an empty layer."""
-    exact = ("sink_k", "sink_v", "ring_k", "ring_v", "keys", "values")
+    exact = ("sink_k", "sink_v", "ring_k", "ring_v", *_GROWING)
     tensors = {name: x.to(dtype) if name in exact else x for name, x in tensors.items()}
     if isinstance(layer, LinearizedCacheLayer):
+        kept = {theirs: tensors.pop(name) for name, theirs in _KEPT.items() if name in tensors}
+        if kept:
+            _fill(layer.kept, kept, seen, dtype)
         layer.state, layer.is_initialized, layer.num_seen = LayerState(**tensors), True, seen
         layer.num_in_ring = min(seen, layer.state.ring_valid.shape[1])
         return
@@ -243,12 +281,40 @@ def _fill(layer, tensors, seen: int, dtype) -> None:
 
 
 def _with_tensors(layer, tensors):
-    new = copy.copy(layer)
+    """The same layer with other tensors; neither's changes reach the other."""
+    new, tensors = copy.copy(layer), dict(tensors)
     if isinstance(layer, LinearizedCacheLayer):
+        kept = {theirs: tensors.pop(name) for name, theirs in _KEPT.items() if name in tensors}
+        new.kept = _with_tensors(layer.kept, kept) if kept else copy.copy(layer.kept)
         new.state = LayerState(**tensors)
     else:
         new.keys, new.values = tensors["keys"], tensors["values"]
     return new
+
+
+def _with_width(layer, width: int):
+    """The layer with so many columns of keys and values, the oldest cut off or zeros put before them."""
+    columns = min(width, layer.sliding_window - 1) if layer.is_sliding else width
+    tensors = _tensors(layer)
+    new = _with_tensors(
+        layer, {n: _pad_or_cut(x, columns, dim=2) if n in _GROWING else x for n, x in tensors.items()}
+    )
+    if isinstance(layer, LinearizedCacheLayer):
+        new.num_seen = width
+    elif layer.is_sliding:
+        new.cumulative_length = width
+    return new
+
+
+def _pad_or_cut(x, size: int, *, dim: int, value=0):
+    """x with `size` along `dim`, made so at the left end."""
+    ends = [0, 0] * (x.ndim - dim - 1) + [size - x.shape[dim], 0]
+    return torch.nn.functional.pad(x, ends, value=value)
+
+
+def _columns(mask):
+    """[B, S] bool -> [B] columns from a row's first token on."""
+    return mask.shape[1] - mask.int().argmax(-1)
 
 
 def _copy_cache(cache: Cache, function) -> Cache:
@@ -261,6 +327,5 @@ def _join_layers(layers):
     parts = [_tensors(layer) for layer in layers]
     joined = _with_tensors(layers[0], {name: torch.cat([p[name] for p in parts]) for name in parts[0]})
     if isinstance(joined, LinearizedCacheLayer):
-        joined.num_seen = max(layer.num_seen for layer in layers)
         joined.num_in_ring = min(layer.num_in_ring for layer in layers)
     return joined

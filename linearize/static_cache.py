@@ -1,9 +1,11 @@
-"""The cache of a decode step of static shape, moved on in place: a `DecodeState` a converted layer, keys and
-values of a fixed number of slots a softmax layer.
+"""The cache of a decode step of static shape, moved on in place: a `DecodeState` for the linear heads of a layer, keys
+and values of a fixed number of slots for what is softmax, be it a layer or single kv heads.
 
-Nothing here depends on the data, so a step can be captured in a CUDA graph (see decoding.py).
+Rows need not be equally long: token t of a row lies in slot t, without padding, so that a row's position says which
+slot is next and which are seen. Nothing here depends on the data, so a step can be captured in a CUDA graph (see
+decoding.py).
 
-B batch, H query heads, G kv heads, D head dim, d map dim
+B batch, H query heads, G kv heads, D head dim, d map dim, L slots
 """
 
 from dataclasses import fields
@@ -12,97 +14,123 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .errors import LinearizeError
+from .kept_softmax import has_softmax
 from .linearized_cache import LinearizedCacheLayer
 from .modeling_linearized import attention_modules, linear_attentions
+from .rows import put
+
+NO_END = 2**62  # steps: a row that ends by itself, or that nothing bounds
 
 
 class StaticError(LinearizeError):
     """This model cannot decode in static shapes; the message says why."""
 
 
-class StaticLinearLayer(LinearizedCacheLayer):
-    """One converted layer's memory of B rows in the layout of the one-launch decode kernel."""
+class StaticSoftmaxLayer(DynamicLayer):
+    """Keys and values of L slots of a softmax layer, or of the kept kv heads of one."""
 
-    def __init__(self, linear_attn, *, batch: int, dtype: torch.dtype, device):
+    def __init__(self, *, batch: int, heads: int, head_dim: int, slots: int, next_slot, dtype: torch.dtype, device):
         super().__init__()
+        shape = (batch, heads, slots, head_dim)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.next_slot, self.is_initialized = next_slot, True  # [B] int64, on the device
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Puts one new token a row, [B, G, 1, D] each, into its slot; returns all slots."""
+        index = self.next_slot[:, None, None, None].expand_as(key_states)
+        self.keys.scatter_(2, index, key_states)
+        self.values.scatter_(2, index, value_states)
+        return self.keys, self.values
+
+    def load(self, layer, rows, order) -> None:
+        """Copies keys and values of a growing layer; order [B, S]: its columns, those of tokens first."""
+        order = order[:, None, : self.keys.shape[2], None]
+        for mine, theirs in ((self.keys, layer.keys), (self.values, layer.values)):
+            index = order.expand(-1, theirs.shape[1], -1, theirs.shape[3])
+            put(mine[:, :, : index.shape[2]], rows, theirs.gather(2, index))
+
+    def num_bytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+
+class StaticLinearLayer(LinearizedCacheLayer):
+    """One converted layer's memory of B rows: in the layout of the one-launch decode kernel, and `kept` beside it."""
+
+    def __init__(self, linear_attn, *, slots: int, next_slot, **options):
+        super().__init__()
+        self.linear_attn, self.window, self.is_initialized = linear_attn, linear_attn.window, True
+        self.decode_state, self.maps, kept = None, None, len(linear_attn.heads.kept)
+        if kept:
+            self.kept = StaticSoftmaxLayer(
+                heads=kept, head_dim=linear_attn.head_dim, slots=slots, next_slot=next_slot, **options
+            )
+        if linear_attn.num_heads:
+            self._make_decode_state(**options)
+            self._fuse_maps()
+
+    def _make_decode_state(self, *, batch: int, dtype: torch.dtype, device) -> None:
         from linearize_kernels import can_decode
         from linearize_kernels.decode import DecodeState
 
-        self.linear_attn, self.window = linear_attn, linear_attn.window
-        rows = torch.zeros(batch, linear_attn.num_kv_heads, 1, linear_attn.head_dim, dtype=dtype, device=device)
-        self.decode_state = DecodeState.from_state(linear_attn.empty_state(rows, rows), window=self.window)
+        linear = self.linear_attn
+        rows = torch.zeros(batch, linear.num_kv_heads, 1, linear.head_dim, dtype=dtype, device=device)
+        self.decode_state = DecodeState.from_state(linear.empty_state(rows, rows), window=self.window)
         self.splits = self.decode_state.position.shape[2]
-        verdict = can_decode(self.decode_state, heads=linear_attn.num_heads, decay=linear_attn.log_decay is not None)
+        verdict = can_decode(self.decode_state, heads=linear.num_heads, decay=linear.log_decay is not None)
         if not verdict:
             raise StaticError(f"the decode kernel: {verdict.reason}")
-        self.is_initialized = True
-        self._fuse_maps()
 
+    @torch.no_grad()
     def _fuse_maps(self) -> None:
-        """Map and gate in one product a side: q [W_q | u] + [0 | b],  k W_k - c W_k."""
+        """Map and gate in one product a side: q [W_q | u] + [0 | b],  k W_k - c W_k. In place, where they exist."""
         linear = self.linear_attn
-        gate = linear.gate_weight[..., None]
-        self.q_weight = torch.cat([linear.q_map, gate], -1).detach()  # [H, D, d + 1]
-        self.q_bias = torch.zeros_like(self.q_weight[:, :1])
-        self.q_bias[..., -1] = linear.gate_bias.detach()[:, None]
-        if not linear.far_enabled:
-            self.q_bias[..., -1] = -torch.inf
-        self.k_weight = linear.k_map.detach()  # [G, D, d]
-        self.k_bias = -(linear.key_center.detach()[:, None] @ self.k_weight)
-        self.decay = None if linear.log_decay is None else linear.log_decay.detach().contiguous()
+        q_weight = torch.cat([linear.q_map, linear.gate_weight[..., None]], -1)  # [H, D, d + 1]
+        q_bias = torch.zeros_like(q_weight[:, :1])
+        q_bias[..., -1] = linear.gate_bias[:, None] if linear.far_enabled else -torch.inf
+        k_bias = -(linear.key_center[:, None] @ linear.k_map)
+        new = q_weight, q_bias, linear.k_map.clone(), k_bias, linear.log_decay
+        if self.maps is None:
+            self.maps = new
+        for mine, x in zip(self.maps, new, strict=True):
+            if x is not None:
+                mine.copy_(x)
 
-    def load(self, state, rows: slice) -> None:
-        """Puts a `State` of some rows in its place; the buffers stay where they are."""
+    def load(self, layer, rows, order) -> None:
+        """Puts what a growing layer remembers of some rows in its place; the buffers stay where they are."""
         from linearize_kernels.decode import DecodeState
 
-        new = DecodeState.from_state(state, window=self.window, splits=self.splits)
-        for name in (f.name for f in fields(new) if f.name not in ("pairs", "window")):
-            getattr(self.decode_state, name)[rows].copy_(getattr(new, name))
+        if self.linear_attn.heads.kept:
+            self.kept.load(layer.kept, rows, order)
+        if self.decode_state is None:
+            return
+        if rows is None:
+            self._fuse_maps()  # the weights may have changed since
+        new = DecodeState.from_state(layer.state, window=self.window, splits=self.splits)
+        for name in (f.name for f in fields(new) if f.name != "window"):
+            put(getattr(self.decode_state, name), rows, getattr(new, name))
 
     @torch.compiler.disable
     def attend(self, linear_attn, q, k, v, *, scaling, softcap=None, sink_logits=None, **_):
         """Output [B, H, 1, D] for one new token a row, none of them padding."""
         from linearize_kernels.decode import decode
 
+        if self.decode_state is None:
+            return torch.empty_like(q)
         if softcap is not None or sink_logits is not None:
             raise StaticError("its attention has a softcap or sink logits, which the decode kernel lacks")
-        q_far = torch.baddbmm(self.q_bias, q[:, :, 0].transpose(0, 1).float(), self.q_weight).transpose(0, 1)
-        k_far = torch.baddbmm(self.k_bias, k[:, :, 0].transpose(0, 1).float(), self.k_weight).transpose(0, 1)
+        q_weight, q_bias, k_weight, k_bias, log_decay = self.maps
+        q_far = torch.baddbmm(q_bias, q[:, :, 0].transpose(0, 1).float(), q_weight).transpose(0, 1)
+        k_far = torch.baddbmm(k_bias, k[:, :, 0].transpose(0, 1).float(), k_weight).transpose(0, 1)
         q_far, gate, k_far = q_far[:, :, None, :-1], q_far[:, :, None, -1], k_far[:, :, None]
-        return decode(q, k, v, q_far, k_far, gate, self.decode_state, scaling=scaling, log_decay=self.decay)
+        return decode(q, k, v, q_far, k_far, gate, self.decode_state, scaling=scaling, log_decay=log_decay)
 
     def num_bytes(self) -> int:
-        return self.decode_state.num_bytes()
-
-
-class StaticSoftmaxLayer(DynamicLayer):
-    """Keys and values of L slots of a softmax layer; which slot is next stands on the device."""
-
-    def __init__(self, module, *, batch: int, slots: int, next_slot, dtype: torch.dtype, device):
-        super().__init__()
-        config = module.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (batch, heads, slots, head_dim)
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.next_slot, self.is_initialized = next_slot, True
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        self.keys.index_copy_(2, self.next_slot, key_states)
-        self.values.index_copy_(2, self.next_slot, value_states)
-        return self.keys, self.values
-
-    def load(self, layer, rows: slice) -> None:
-        """Copies keys and values of a growing layer."""
-        self.keys[rows, :, : layer.keys.shape[2]].copy_(layer.keys)
-        self.values[rows, :, : layer.keys.shape[2]].copy_(layer.values)
-
-    def num_bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
+        parts = [self.decode_state] * (self.decode_state is not None) + [self.kept] * bool(self.linear_attn.heads.kept)
+        return sum(part.num_bytes() for part in parts)
 
 
 class StaticCache(Cache):
-    """All layers' memory of B rows. slots: how many tokens, padding included, softmax layers can hold.
+    """All layers' memory of B rows. slots: how many tokens of a row softmax layers and heads can hold.
 
     Raises StaticError where the model cannot have one.
     """
@@ -114,68 +142,89 @@ class StaticCache(Cache):
         reason = why_not_static(model, modules, linear, slots)
         if reason:
             raise StaticError(reason)
-        options = dict(batch=batch, dtype=model.dtype, device=model.device)
-        self.slot, self.mask, self.free = torch.zeros(1, dtype=torch.long, device=model.device), None, None
-        if set(linear) != set(modules):
-            self.mask = torch.zeros(batch, 1, 1, slots, dtype=torch.bool, device=model.device)
+        self.slots = slots if has_softmax(model) else None
+        self.next_slot = torch.zeros(batch, dtype=torch.long, device=model.device)
+        width = -(-(slots or 0) // 8) * 8  # SDPA wants masks of such a size
+        self.numbers = torch.arange(width, device=model.device)
+        self.free = torch.full((batch,), NO_END)  # steps that a row's slots last for, counted by the host
+        options = dict(
+            batch=batch, slots=width, next_slot=self.next_slot, dtype=model.dtype, device=model.device
+        )
         super().__init__(
             layers=[
                 StaticLinearLayer(linear[i], **options)
                 if i in linear
-                else StaticSoftmaxLayer(modules[i], slots=slots, next_slot=self.slot, **options)
+                else StaticSoftmaxLayer(**kv_shape(modules[i].config), **options)
                 for i in sorted(modules)
             ]
         )
 
-    def load(self, state, rows: slice = slice(None)) -> None:
-        """Copies a `linearize.State` into these rows. Softmax layers: into all rows."""
+    def load(self, state, rows=None, *, max_new_tokens: int | None = None) -> None:
+        """Copies a `linearize.State` into these rows, indices (None: all).
+
+        max_new_tokens: after which the rows end; None: nobody knows. Raises StaticError where softmax has too few
+        slots for it.
+        """
+        valid = state.tokens >= 0
+        if self.slots is not None:
+            longest = valid.sum(-1).max().item()
+            if longest + (max_new_tokens or 1) > self.slots:
+                new = f" and {max_new_tokens} to come" if max_new_tokens else ""
+                raise StaticError(f"{longest} tokens read{new}, and the decoder's softmax slots hold {self.slots}")
+            chosen = slice(None) if rows is None else rows.tolist()
+            self.free[chosen] = NO_END if max_new_tokens else self.slots - longest
+        order = (~valid).int().argsort(dim=1, stable=True)
         for mine, layer in zip(self.layers, state.cache.layers, strict=True):
-            mine.load(layer.state if isinstance(mine, StaticLinearLayer) else layer, rows)
-        seen = state.tokens.shape[1]
-        self.slot.fill_(seen)
-        if self.mask is not None:
-            if seen >= self.mask.shape[3]:
-                raise StaticError(f"{seen} tokens read, and the decoder's softmax layers hold {self.mask.shape[3]}")
-            self.free = self.mask.shape[3] - seen
-            self.mask.zero_()
-            self.mask[:, 0, 0, :seen] = state.tokens >= 0
+            mine.load(layer, rows, order)
 
     def take_slot(self) -> None:
-        """The host's count of the slots left, before a step. Raises StaticError where none is."""
-        if self.free is not None:
-            if self.free == 0:
-                raise StaticError(f"the decoder's softmax layers hold {self.mask.shape[3]} tokens, and are full")
+        """The host's count of the slots left, before a step. Raises StaticError where a row has none."""
+        if self.slots is not None:
+            if self.free.min() == 0:
+                raise StaticError(f"the decoder's softmax slots hold {self.slots} tokens, and are full")
             self.free -= 1
 
-    def open_slot(self):
-        """The mask [B, 1, 1, L] of the next token, which sees itself; None where no layer needs one."""
-        return None if self.mask is None else self.mask.index_fill_(3, self.slot, True)
+    def open_slot(self, position):
+        """Makes room for the next token of each row, at position [B]; returns what it sees, a mask [B, 1, 1, L].
 
-    def close_slot(self) -> None:
-        self.slot += 1
+        None where nothing is softmax.
+        """
+        if self.slots is None:
+            return None
+        self.next_slot.copy_(position)
+        return (self.numbers <= position[:, None])[:, None, None]
 
     def num_bytes(self) -> int:
         """Bytes of all layers, the whole batch."""
         return sum(layer.num_bytes() for layer in self.layers)
 
 
+def kv_shape(config) -> dict:
+    """The kv heads of a softmax layer and their size."""
+    heads = config.num_attention_heads
+    return {
+        "heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+    }
+
+
 def why_not_static(model, modules, linear, slots) -> str:
     """Why this model cannot decode in static shapes, as far as its parts tell; empty where it can."""
     config = model.config.get_text_config()
     kept = sorted(set(modules) - set(linear))
+    softmax = has_softmax(model)
     implementation = getattr(config, "_softmax_implementation", config._attn_implementation)
     sliding = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     checks = {
         "it has layers that are no attention": len(modules) == config.num_hidden_layers,
-        f"its layers {kept} keep softmax attention, and no max_length is given": not kept or slots is not None,
-        f"softmax layers in {implementation}: sdpa only": not kept or implementation == "sdpa",
+        "layers or kv heads keep softmax attention, and no max_length is given": not softmax or slots is not None,
+        f"softmax attention in {implementation}: sdpa only": not softmax or implementation == "sdpa",
         f"softmax layers of type {sorted(sliding)}": not kept or not (sliding or getattr(config, "sliding_window", 0)),
         f"dtype {model.dtype}: float32 or bfloat16": model.dtype in (torch.float32, torch.bfloat16),
     }
-    for x in linear.values():
+    for x in (x for x in linear.values() if x.num_heads):
         checks |= {
             f"the {x.feature_map} map: taylor only": x.series == "taylor",
-            f"kv heads {x.heads.kept} of a layer keep softmax attention": not x.heads.kept,
             "a map per query head": x.k_map.shape[0] == x.num_kv_heads,
             f"window {x.window}: 2 or more": x.window >= 2,
             f"map dim {x.q_map.shape[-1]}: up to 32": x.q_map.shape[-1] <= 32,

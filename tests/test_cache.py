@@ -327,7 +327,7 @@ def test_masks_that_say_too_much_or_too_little(name, mask):
 
 
 @every_model
-@pytest.mark.parametrize("kind", ["static", "offloaded", "quantized"])
+@pytest.mark.parametrize("kind", ["sliding_window", "offloaded", "quantized"])
 def test_cache_implementations(name, kind):
     with pytest.raises(CacheError, match=f"cache_implementation='{kind}'"):
         converted(name).generate(make_tokens(1, 5), cache_implementation=kind, **GREEDY)

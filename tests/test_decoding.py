@@ -6,6 +6,7 @@ from pico import convert, make_model, make_tokens, pad
 
 from linearize.decoding import Decoder, generate
 from linearize.errors import LinearizeError
+from linearize.modeling_linearized import attention_modules
 from linearize.sampling import Sampler, Sampling, uniform
 from linearize.state import read
 from linearize.static_cache import StaticError
@@ -49,7 +50,7 @@ def test_greedy_tokens_are_those_of_model_generate(name):
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(keep_softmax=[0]), dict(per="query_head"), dict(name="hedgehog"), dict(window=1)]
+    "settings", [dict(heads=[(0, 1)], per="query_head"), dict(name="hedgehog"), dict(window=1)]
 )
 def test_what_cannot_be_static_decodes_through_its_own_cache(settings):
     model, (ids, mask) = make(**settings), batch()
@@ -60,20 +61,46 @@ def test_what_cannot_be_static_decodes_through_its_own_cache(settings):
         Decoder(model, batch=3, mode="static")
 
 
-@pytest.mark.parametrize("kept", [[0], [0, 1]])
-def test_kept_softmax_layers_decode_in_a_fixed_number_of_slots(kept):
-    model = make(keep_softmax=kept[:1]) if len(kept) == 1 else make_model().to(DEVICE)
-    ids, mask = (x[:2] for x in batch())
+# what is kept in softmax: nothing linear, layers, single kv heads, both, and all heads of a converted layer
+KEPT = {
+    "a teacher": None,
+    "a layer": dict(keep_softmax=[0]),
+    "heads": dict(heads=[(0, 1), (1, 0)]),
+    "a layer and a head": dict(keep_softmax=[0], heads=[(1, 1)]),
+    "every head of a layer": dict(heads=[(1, 1)]),
+}
+
+
+def make_kept(name):
+    model = make_model().to(DEVICE) if name == "a teacher" else make(**KEPT[name])
+    if name == "every head of a layer":
+        for module in list(attention_modules(model).values())[1:]:
+            module.linear_attn = module.linear_attn.keeping(module.linear_attn.heads.linear)
+    return model
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_kept_softmax_decodes_in_a_fixed_number_of_slots(name):
+    model, (ids, mask) = make_kept(name), (x[:2] for x in batch())
     reference = expected(model, ids, mask)
     assert torch.equal(generate(model, ids, mask, max_new_tokens=NEW, mode="static"), reference)
-    decoder = Decoder(model, batch=2, mode="static", max_length=ids.shape[1])
-    with pytest.raises(StaticError, match="21 tokens read, and the decoder's softmax layers hold 21"):
+
+
+@pytest.mark.parametrize("name", ["a layer", "heads"])
+def test_slots_that_are_too_few_are_refused(name):
+    model, (ids, mask) = make_kept(name), (x[:2] for x in batch())
+    decoder = Decoder(model, batch=2, mode="static", max_length=21)
+    with pytest.raises(StaticError, match="21 tokens read, and the decoder's softmax slots hold 21"):
         decoder.prefill(ids, mask)
-    decoder = Decoder(model, batch=2, mode="static", max_length=ids.shape[1] + 1)
+    with pytest.raises(StaticError, match="9 tokens read and 13 to come, and"):
+        decoder.replace(0, read(model, ids[1:, 12:]), max_new_tokens=13)
+    decoder = Decoder(model, batch=2, mode="static", max_length=22)
     decoder.prefill(ids, mask)
     decoder.decode_one()
     with pytest.raises(StaticError, match="are full"):
         decoder.decode_one()
+    with pytest.raises(StaticError, match="no max_length is given"):
+        Decoder(model, batch=2, mode="static")
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen3_next", "gpt_oss"])
@@ -139,9 +166,50 @@ def test_a_slot_is_filled_again_while_the_others_go_on():
         third = [decoder.replace(0, read(model, texts[2]))]
         more = decoder.decode_n(3).tolist()
         assert answers[0] == alone[0][:4] and answers[1] + more[1] == alone[1] and third + more[0] == alone[2][:4]
-    kept = make(keep_softmax=[0])
-    with pytest.raises(StaticError, match="softmax"):
-        Decoder(kept, batch=2).replace(0, read(kept, texts[0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "eager") for name in KEPT), ("a teacher", "static"), ("a layer and a head", "static")]
+)
+def test_softmax_rows_of_other_lengths_take_their_slots(name, mode):
+    """Shorter, longer and padded texts after one another; each row as if alone, and no more memory than they need."""
+    model, lengths = make_kept(name), (10, 14, 3, 25)
+    texts = [make_tokens(1, n, seed=n).to(DEVICE) for n in lengths]
+    alone = [expected(model, x, torch.ones_like(x), new=7)[0].tolist() for x in texts]
+    decoder = Decoder(model, batch=2, mode=mode, max_length=32)
+    ids, mask = (x.to(DEVICE) for x in pad([texts[1][0], texts[2][0]]))
+    padded = read(model, ids, mask)  # as process reads them: the short one stands behind 11 columns of padding
+
+    def put(slot, state):
+        return [decoder.replace(slot, state, max_new_tokens=7)]
+
+    both = read(model, *(x.to(DEVICE) for x in pad([texts[1][0], texts[0][0]])))
+    answers = [[t] for t in decoder.replace_rows([1, 0], both, seeds=[0, 0], max_new_tokens=7)][::-1]
+    for row, new in zip(answers, decoder.decode_n(3).tolist(), strict=True):
+        row += new
+    answers[0] = put(0, padded.select([1]))  # the row of 10 goes, one of 3 comes, the one of 14 goes on
+    for row, new in zip(answers, decoder.decode_n(3).tolist(), strict=True):
+        row += new
+    assert answers == [alone[2][:4], alone[1]]
+    answers[1] = put(1, read(model, texts[3]))
+    for row, new in zip(answers, decoder.decode_n(6).tolist(), strict=True):
+        row += new
+    assert answers == [alone[2] + [0] * 3, alone[3]], "a row ends after as many tokens as it was given"
+    assert decoder.finished.all() and decoder.position.tolist() == [3 + 6, 25 + 6]
+    answers = put(0, read(model, texts[2])), put(1, read(model, texts[2]))
+    if mode == "eager":
+        assert decoder.mask.shape[1] == 3, "columns of texts that are gone are gone"
+
+
+def test_the_memory_of_a_long_run_is_bounded():
+    for name, columns in ((None, None), ("heads", 30 + 5)):
+        model = make_kept(name) if name else make()
+        decoder, text = Decoder(model, batch=2, mode="eager"), read(model, make_tokens(1, 30).to(DEVICE))
+        for i in range(20):
+            decoder.replace(i % 2, text, max_new_tokens=9)
+            decoder.decode_n(5)
+            assert decoder.mask is None or decoder.mask.shape[1] <= columns + 5
+        assert (decoder.mask is None) == (name is None)
 
 
 def test_pieces_join_to_the_whole_and_stop_strings_end_rows():
@@ -237,19 +305,25 @@ def test_a_graph_gives_the_eager_tokens():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kept", [[0], [0, 1]])
-def test_a_graph_with_softmax_layers_gives_the_eager_tokens(kept):
-    model = make(keep_softmax=kept[:1]) if len(kept) == 1 else make_model().to(DEVICE)
-    ids, mask = batch()
-    assert Decoder(model, batch=3, mode="graph", max_length=100).graph is not None
-    got = generate(model, ids, mask, max_new_tokens=40, mode="graph")
-    assert torch.equal(got, expected(model, ids, mask, new=40))
+@pytest.mark.parametrize("name", KEPT)
+def test_a_graph_with_kept_softmax_gives_the_eager_tokens(name):
+    model, (ids, mask) = make_kept(name), batch()
+    decoder = Decoder(model, batch=3, mode="graph", max_length=100)
+    got = generate(model, ids, mask, max_new_tokens=40, decoder=decoder)
+    assert decoder.graph is not None and torch.equal(got, expected(model, ids, mask, new=40))
+    for i in (2, 0, 1):  # the same graph, row by row
+        row = ids[i : i + 1, mask[i].bool()]
+        first = decoder.replace(0, read(model, row), max_new_tokens=20)
+        answer = [first, *decoder.decode_n(19)[0].tolist()]
+        assert answer == expected(model, row, torch.ones_like(row), new=20)[0].tolist()
 
 
 @pytest.mark.gpu
-def test_decode_n_never_waits_for_the_device():
-    model, (ids, mask) = make(), batch()
-    decoder = Decoder(model, batch=3, sampling=Sampling(temperature=0.7, top_p=0.9, min_p=0.01, seed=1))
+@pytest.mark.parametrize("settings", [{}, KEPT["a layer and a head"]])
+def test_decode_n_never_waits_for_the_device(settings):
+    model, (ids, mask) = make(**settings), batch()
+    sampling = Sampling(temperature=0.7, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=1)
+    decoder = Decoder(model, batch=3, sampling=sampling, mode="graph", max_length=120)
     decoder.prefill(ids, mask)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -4,30 +4,41 @@ import json
 
 import datasets
 import pytest
+from pico import make_tokens
 from test_export import CHAT, make_tokenizer, save_model
 
 from linearize import cli, process_files
+from linearize import process as process_module
 from linearize.architecture import linearize_
 from linearize.errors import DataError
 from linearize.export import export
 from linearize.generation import generate_text
 from linearize.loading import load_any
 from linearize.process import process
-from linearize.recipe import AttentionSettings, FeatureMapSettings
+from linearize.recipe import AttentionSettings, FeatureMapSettings, KeepSoftmaxSettings
 from linearize.sampling import Sampling
+from linearize.state import read
 
 TEXTS = ["the old king", "so", "a river runs to the town", "red", "the new and the blue of it", "to and from"]
 TEMPLATE = "{text} is"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    teacher = save_model(tmp_path_factory.mktemp("teacher"))
+KEPT = {"linear": {}, "kept": dict(layers=[1], heads=[[0, 1]])}
+
+
+def make_folder(path, kept=None):
+    teacher = save_model(path)
     model, _ = load_any(teacher, device="cpu")
-    linearize_(model, AttentionSettings(window=6, sinks=2, feature_map=FeatureMapSettings(dim=4)))
+    keep = KeepSoftmaxSettings(**(kept or {}))
+    linearize_(model, AttentionSettings(window=6, sinks=2, feature_map=FeatureMapSettings(dim=4), keep_softmax=keep))
     model.generation_config.eos_token_id = [1, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50]  # rows end here and there
     export(model, make_tokenizer(chat_template=CHAT), teacher.parent / "out", dtype="auto", files={})
     return teacher.parent / "out"
+
+
+@pytest.fixture(scope="module", params=KEPT)
+def folder(request, tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("teacher"), KEPT[request.param])
 
 
 def write(path, rows):
@@ -139,3 +150,39 @@ def test_what_is_refused(folder, tmp_path):
         with pytest.raises(DataError, match="another output file"):
             run(folder, source, target)
         assert target.read_text() == content, "it stays as it was"
+
+
+@pytest.mark.parametrize("given", [None, 120])
+def test_rows_get_the_room_that_the_longest_needs(tmp_path, monkeypatch, given):
+    """Where softmax has been kept, room is memory: the longest prompt says how much, or the user."""
+    folder, decoders = make_folder(tmp_path / "kept", KEPT["kept"]), []
+    make = process_module.Decoder
+    monkeypatch.setattr(process_module, "Decoder", lambda *a, **k: decoders.append(k["max_length"]) or make(*a, **k))
+    rows = [{"text": "so"}, {"text": "a" * 97}, {"text": "b" * 98}, {"other": 1}, {"text": "king " * 200}]
+    counts = run(folder, write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", max_length=given)
+    assert decoders == [given or 98 + 3 + 20] and counts["errors"] == (3 if given else 2)
+    errors = [e["error"] for e in lines(tmp_path / "out.jsonl.errors.jsonl")]
+    assert "columns" in errors[-2] and "1,003 tokens and 20 new ones are more than the model's 512" in errors[-1]
+    if given:
+        assert errors[0] == "101 tokens and 20 new ones are more than the 120 of max_length"
+
+
+def test_static_slots_hold_just_the_longest_row(tmp_path, monkeypatch):
+    """In the interpreter, which is slow, 8 tokens are folded at once instead of 64."""
+    tl = pytest.importorskip("triton.language", reason="Triton is not installed")
+    monkeypatch.setattr("linearize_kernels.decode.FOLD", 8)
+    monkeypatch.setattr("linearize_kernels.decode_kernels.FOLD", tl.constexpr(8))
+    folder = make_folder(tmp_path / "kept", KEPT["kept"])
+    source = write(tmp_path / "in.jsonl", [{"text": t} for t in ("so", "the old", "a")])
+    for mode in ("eager", "static"):
+        run(folder, source, tmp_path / mode, max_new_tokens=3, mode=mode)
+    assert lines(tmp_path / "static") == lines(tmp_path / "eager") and len(lines(tmp_path / "static")) == 3
+
+
+@pytest.mark.parametrize("kept", ["linear", "kept"])
+def test_the_longest_prompt_counts_for_the_batch(tmp_path, monkeypatch, kept):
+    model, _ = load_any(make_folder(tmp_path / "m", KEPT[kept]), device="cpu")
+    monkeypatch.setattr(process_module, "free_bytes", lambda device: 10**6)
+    short, long = (process_module.pick_batch(model, rows=1000, length=n) for n in (10, 400))
+    state = read(model, make_tokens(1, 400)).num_bytes()
+    assert (long < short) == (kept == "kept") and long * 3 * state <= 10**6 / 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from test_process import folder, lines, run, write  # noqa: F401 (a fixture)
+from test_process import lines, make_folder, run, write
 
 from linearize import process as process_module
 from linearize.errors import DataError
@@ -21,6 +21,11 @@ from linearize.process import pick_batch
 from linearize.process_files import Output
 
 COUNT, BAD = 400, (7, 8, 20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,7 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(folder, rows):  # noqa: F811
+def whole(folder, rows):
     run(folder, rows, rows.parent / "whole.jsonl", batch=16)
     return rows.parent / "whole.jsonl"
 
@@ -44,7 +49,7 @@ def check(target, whole):
     assert not Path(f"{target}.parts").exists()
 
 
-def start(folder, rows, target, *, launcher=()):  # noqa: F811
+def start(folder, rows, target, *, launcher=()):
     command = [sys.executable, *launcher, "-m", "linearize.cli", "process", folder, rows, target]
     command += ["--template", "{text} is", "--batch", "2", "--max-new-tokens", "20", "--device", "cpu"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
@@ -66,7 +71,7 @@ def kill_after(process, files, count, *, seconds=120):
     raise AssertionError("it wrote no rows")
 
 
-def test_killed_alone(folder, rows, whole, tmp_path):  # noqa: F811
+def test_killed_alone(folder, rows, whole, tmp_path):
     target = tmp_path / "out.jsonl"
     kill_after(start(folder, rows, target), [target], 10)
     counts = run(folder, rows, target, batch=16)
@@ -82,7 +87,7 @@ def launcher():
 
 
 @pytest.mark.slow
-def test_two_processes_killed_and_gone_on_by_two(folder, rows, whole, tmp_path):  # noqa: F811
+def test_two_processes_killed_and_gone_on_by_two(folder, rows, whole, tmp_path):
     target = tmp_path / "out.jsonl"
     parts = [Path(f"{target}.parts") / f"good-{i}.jsonl" for i in range(2)]
     process = start(folder, rows, target, launcher=launcher())
@@ -154,7 +159,7 @@ def test_parts_that_lack_a_row_are_not_joined(tmp_path):
 # --- batches -----------------------------------------------------------------------------------------------
 
 
-def test_batch_from_free_memory(folder, monkeypatch):  # noqa: F811
+def test_batch_from_free_memory(folder, monkeypatch):
     model, _ = load(folder, device="cpu")
     sizes = {}
     for free in (0, 2 * 10**5, 4 * 10**5, 10**12):

@@ -12,6 +12,7 @@ from linearize.state import State, StateError, read
 
 BOOK, QUESTION = make_tokens(1, 40, seed=1), make_tokens(1, 5, seed=2)
 NEW = 8
+KEPT = (dict(keep_softmax=[1]), dict(heads=[(0, 1)]), dict(keep_softmax=[1], heads=[(0, 1)]))
 
 
 def make(name="llama", seed=0, **settings):
@@ -22,7 +23,7 @@ def answer(model, *texts):
     return generate(model, torch.cat(texts, 1), max_new_tokens=NEW)
 
 
-@pytest.mark.parametrize(("name", "settings"), [("llama", {}), ("llama", dict(keep_softmax=[1])), ("gemma3", {})])
+@pytest.mark.parametrize(("name", "settings"), [("llama", {}), *(("llama", kept) for kept in KEPT), ("gemma3", {})])
 def test_a_saved_text_is_continued_as_if_just_read(tmp_path, name, settings):
     model = make(name, **settings)
     read(model, BOOK).save(tmp_path / "book", model)
@@ -42,17 +43,19 @@ def test_its_size_does_not_depend_on_the_text(tmp_path):
     assert short.num_bytes() == long.num_bytes()
 
 
+@pytest.mark.parametrize("settings", [{}, *KEPT])
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_any_chunk_reads_the_same(chunk):
-    model = make()
+def test_any_chunk_reads_the_same(chunk, settings):
+    model = make(**settings)
     ids, mask = pad([BOOK[0], QUESTION[0]])
     whole, pieces = read(model, ids, mask), read(model, ids, mask, chunk=chunk)
     assert torch.allclose(whole.logits, pieces.logits, rtol=1e-3, atol=1e-4)
     assert pieces.lengths.tolist() == [40, 5] and torch.equal(whole.tokens, pieces.tokens)
 
 
-def test_rows_are_read_in_groups_that_fit(monkeypatch):
-    model, rows = make(), make_tokens(5, 20)
+@pytest.mark.parametrize("settings", [{}, *KEPT])
+def test_rows_are_read_in_groups_that_fit(monkeypatch, settings):
+    model, rows = make(**settings), make_tokens(5, 20)
     whole = read(model, rows)
     monkeypatch.setattr("linearize.state.TOKENS_AT_ONCE", 40)
     calls = []
@@ -60,19 +63,31 @@ def test_rows_are_read_in_groups_that_fit(monkeypatch):
     monkeypatch.setattr(model, "forward", lambda **x: calls.append(x["input_ids"].shape) or forward(**x))
     assert torch.allclose(read(model, rows).logits, whole.logits, atol=1e-4)
     assert calls == [(2, 20), (2, 20), (1, 20)]
+    if settings:
+        calls.clear()
+        monkeypatch.setattr("linearize.state.MASK_AT_ONCE", 2 * 7 * 20 + 1)
+        assert torch.allclose(read(model, rows).logits, whole.logits, atol=1e-4)
+        assert calls[:4] == [(2, 7), (2, 7), (2, 6), (2, 7)], "with softmax, less at once the longer the text"
 
 
-def test_copies_and_joined_rows_are_those_rows():
-    model = make()
-    states = [read(model, make_tokens(1, n, seed=n)) for n in (12, 30)]
+@pytest.mark.parametrize(
+    ("name", "settings"), [("llama", {}), *(("llama", kept) for kept in KEPT), ("gemma3", dict(heads=[(1, 0)]))]
+)
+def test_copies_and_joined_rows_are_those_rows(name, settings):
+    model = make(name, **settings)
+    states = [read(model, make_tokens(1, n, seed=n)) for n in (12, 30, 3)]  # gemma3 slides over 6
     joined = State.join(states)
-    for chosen in ([0, 1, 1], [1, 1]):
+    for chosen in ([0, 1, 1, 2], [1, 1], [2, 0]):
         got = generate(model, state=joined.select(chosen), max_new_tokens=NEW)
         for row, i in zip(got, chosen, strict=True):
             assert torch.equal(row, generate(model, state=states[i], max_new_tokens=NEW)[0])
-    kept = make(keep_softmax=[0])
-    with pytest.raises(StateError, match="equally long"):
-        State.join([read(kept, make_tokens(1, n)) for n in (12, 30)])
+
+
+@pytest.mark.parametrize("settings", KEPT)
+def test_bytes_of_a_length_are_foretold(settings):
+    model = make(**settings)
+    short, long = (read(model, make_tokens(1, n)) for n in (1, 200))
+    assert short.num_bytes(200) == long.num_bytes() > short.num_bytes() == long.num_bytes(1)
 
 
 def test_a_state_of_another_model_or_tokenizer_is_refused(tmp_path):

@@ -1,0 +1,67 @@
+"""The prompts of `linearize process`: a row's columns through the template, as token ids that fit."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from .errors import DataError
+from .state import State
+
+
+@dataclass
+class Prompts:
+    """Makes prompts of rows that follow `before` (None: nothing) and leave room for max_new_tokens.
+
+    max_length: the most tokens of a row, those of `before` and of the answer included; None: the model's positions.
+    """
+
+    model: object
+    tokenizer: object
+    before: State | None
+    template: str
+    chat: bool
+    max_new_tokens: int
+    max_length: int | None = None
+
+    def tokens(self, row) -> list[int]:
+        """The token ids of a row's prompt. Raises DataError for a row that makes none, or too many."""
+        if not isinstance(row, dict):
+            raise DataError(str(row) if isinstance(row, str) else f"not an object but a {type(row).__name__}")
+        try:
+            prompt = self.template.format_map(row)
+        except (KeyError, IndexError, AttributeError, ValueError) as error:
+            columns = ", ".join(map(str, row))
+            raise DataError(f"the template asks for {error}; the row's columns are {columns}") from error
+        if self.chat:
+            message = [{"role": "user", "content": prompt}]
+            ids = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True).input_ids
+        else:
+            ids = self.tokenizer(prompt, add_special_tokens=self.before is None).input_ids
+        if not prompt.strip() or len(ids) == 0:
+            raise DataError("the prompt is empty")
+        self._check_length(len(ids))
+        return ids
+
+    @property
+    def past(self) -> int:
+        return 0 if self.before is None else self.before.tokens.shape[1]
+
+    def _check_length(self, length: int) -> None:
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        for most, what in ((positions, "the model's {:,} positions"), (self.max_length, "the {:,} of max_length")):
+            if most and self.past + length + self.max_new_tokens > most:
+                raise DataError(
+                    f"{self.past + length:,} tokens and {self.max_new_tokens:,} new ones are more than "
+                    + what.format(most)
+                )
+
+    def longest(self, rows: Iterable) -> int:
+        """Tokens of the longest prompt that rows make, with what it follows; rows that make none do not count."""
+        longest = self.past + 1
+        for row in tqdm(rows, desc="finding the longest prompt", unit="row", leave=False):
+            try:
+                longest = max(longest, self.past + len(self.tokens(row)))
+            except DataError:
+                continue  # it is reported when its turn comes
+        return longest
