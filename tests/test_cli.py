@@ -133,7 +133,8 @@ def test_options_are_frozen():
         "bench": [],
         "bench kernels": [],
         "bench generation": ["--against", "--shape", "--window", "--prompts", "--new", "--batches", "--sides"]
-        + ["--compile-layers", "--dtype", "--device", "--output"],
+        + ["--steps", "--made-up", "--compile-layers", "--dtype", "--device", "--output"],
+        "bench speculative": ["--against", "--text", "--prompts", "--new", "--lookup", "--dtype", "--device"],
         "report": [],
         "doctor": ["--device"],
         "serve": ["--host", "--port", "--device"],
