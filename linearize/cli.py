@@ -188,6 +188,7 @@ def _add_bench(verbs) -> None:
     what.add_argument("--prompts", type=_counts, default=[128, 1024, 8192, 32768], metavar="N,N", help="128,1k,8k,32k")
     what.add_argument("--new", type=_positive, default=1024, metavar="N", help="new tokens a row (default 1024)")
     what.add_argument("--batches", type=_counts, default=[1, "max"], metavar="N,N", help="default 1,max: what fits")
+    what.add_argument("--cells", type=_pairs, metavar="P:B,P:B", help="prompt:batch pairs instead, as 1k:128,8k:max")
     what.add_argument("--sides", type=_names, metavar="A,B", help="converted, teacher-static, teacher-dynamic (all)")
     what.add_argument("--steps", type=_positive, metavar="N", help="time N of the new tokens (default all)")
     what.add_argument("--made-up", action="store_true", help="decode from random memory: no prompt is read")
@@ -297,7 +298,7 @@ def _bench_generation(args: argparse.Namespace) -> None:
     from linearize_eval.generation_bench import bench_generation
 
     names = ("folder", "against", "shape", "prompts", "new", "batches", "sides", "dtype", "device", "compile_layers")
-    more = ("output", "window", "steps", "made_up")
+    more = ("output", "window", "steps", "made_up", "cells")
     bench_generation(**{name: getattr(args, name) for name in (*names, *more)})
 
 
@@ -357,6 +358,14 @@ def _counts(text: str) -> list[int | str]:
         number = word.strip().removesuffix("k")
         counts.append("max" if number == "max" else _positive(number) * (1024 if word.strip().endswith("k") else 1))
     return counts
+
+
+def _pairs(text: str) -> list[tuple]:
+    """'1k:128,8k:max' -> [(1024, 128), (8192, 'max')]."""
+    pairs = [tuple(_counts(word.replace(":", ","))) for word in text.split(",")]
+    if any(len(pair) != 2 or pair[0] == "max" for pair in pairs):
+        raise argparse.ArgumentTypeError(f"must be prompt:batch pairs, as 1k:128,8k:max, is '{text}'")
+    return pairs
 
 
 def _names(text: str) -> list[str]:

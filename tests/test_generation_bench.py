@@ -59,7 +59,7 @@ def test_every_side_prompt_and_batch_is_measured(folder, teacher, tmp_path, caps
 
 
 def test_a_cell_in_a_process_of_its_own(folder, capsys, tmp_path):
-    words = ("--prompts", "32", "--new", 9, "--batches", 1, "--steps", 4, "--made-up", "--output", tmp_path / "run")
+    words = ("--cells", "32:1", "--new", 9, "--steps", 4, "--made-up", "--output", tmp_path / "run")
     assert run(folder, *words) == 0
     assert "4 decode steps from the middle of 8" in capsys.readouterr().out
     (row,) = csv.DictReader((tmp_path / "run.csv").open())
@@ -193,6 +193,10 @@ def test_what_is_refused(folder, capsys):
     ):
         assert run(*words) == 2
         assert said in capsys.readouterr().err
+    for pairs in ("1k", "max:1", "1:2:3"):
+        with pytest.raises(SystemExit):
+            run(folder, "--cells", pairs)
+        assert "must be prompt:batch pairs" in capsys.readouterr().err
 
 
 def test_bench_kernels_passes_its_arguments_through(monkeypatch):

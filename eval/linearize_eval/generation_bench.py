@@ -27,13 +27,15 @@ SIDES = ("converted", "teacher-static", "teacher-dynamic")
 
 
 def bench_generation(folder=None, *, against=None, shape=None, prompts=(128, 1024, 8192, 32768), new=1024,
-                     batches=(1, "max"), sides=None, steps=None, made_up=False, dtype="bfloat16", device="auto",
-                     compile_layers=False, output=None, window=None, own_process=None) -> list[Result]:  # fmt: skip
+                     batches=(1, "max"), cells=None, sides=None, steps=None, made_up=False, dtype="bfloat16",
+                     device="auto", compile_layers=False, output=None, window=None,
+                     own_process=None) -> list[Result]:  # fmt: skip
     """Measures every side at every prompt and batch, prints as it goes and returns the results.
 
-    batches: numbers, and "max" for the largest that fits. steps: how many of the new tokens' steps are timed, from
-    their middle; None: all. made_up: decode from random memory, nothing is read. output: path without suffix for a CSV
-    file, written line by line, and a PNG. own_process: a process a cell; None: on a CPU.
+    batches: numbers, and "max" for the largest that fits. cells: pairs (prompt, batch) instead of all. steps: how many
+    of the new tokens' steps are timed, from their middle; None: all. made_up: decode from random memory, nothing is
+    read. output: path without suffix for a CSV file, written line by line, and a PNG. own_process: a process a cell;
+    None: on a CPU.
     """
     from linearize.loading import pick_device
 
@@ -54,8 +56,8 @@ def bench_generation(folder=None, *, against=None, shape=None, prompts=(128, 102
         results.append(result)
         _report(result, output, first=len(results) == 1)
 
-    wanted = itertools.product(sides, prompts, batches)
-    cells = [Cell(side, prompt, new, batch, steps, made_up) for side, prompt, batch in wanted]
+    pairs = list(cells or itertools.product(prompts, batches))
+    cells = [Cell(side, prompt, new, batch, steps, made_up) for side in sides for prompt, batch in pairs]
     if own_process or own_process is None and device.type == "cpu":
         for cell in cells:
             done(in_own_process(cell, options, rate))
@@ -117,6 +119,7 @@ def _does_not_fit(cell: Cell) -> Result:
 
 def _largest(model, cell: Cell, rate: float) -> Result:
     """The largest batch: what should fit by its bytes, an eighth less each time that it does not."""
+    free_memory()
     batch = largest_batch(model, cell)
     while True:
         result = try_cell(model, Cell(**{**asdict(cell), "batch": batch}), rate)

@@ -29,7 +29,7 @@ from .memory import kv_cache_bytes
 MAX_BATCH = 8192
 FOLD = 32  # as in linearize_kernels.decode, which needs Triton
 WARMUP = 4  # steps before the clock starts
-SLOTS = 64  # the teacher's slots are a multiple, so that no mask has to be padded
+SLOTS = 64  # the teacher's slots are a multiple, so that no mask has to be padded; skipped tokens too
 _SPARE = 1.5e9  # bytes of a GPU left alone when the largest batch is sought
 
 
@@ -70,7 +70,7 @@ class Result:
 def measure(model, cell: Cell, rate: float) -> Result:
     """Prefill and decode of one cell. Raises torch.OutOfMemoryError where it does not fit."""
     cuda, steps = model.device.type == "cuda", min(cell.steps or cell.new - 1, cell.new - 1)
-    skipped = (cell.new - 1 - steps) // 2  # the timed steps stand in the middle of all
+    skipped = (cell.new - 1 - steps) // 2 // SLOTS * SLOTS  # the timed steps stand in the middle of all, nearly
     result = Result(cell.side, cell.prompt, cell.new, cell.batch, steps)
     reset_peak(model.device)
     start = time.perf_counter()
@@ -122,7 +122,8 @@ def _fill_in(result: Result, model, held: int, step_seconds: float, skipped: int
     if model.device.type == "cuda":
         result.peak_gb = torch.cuda.max_memory_allocated() / 1e9
     else:
-        result.peak_gb, result.resident_gb = peak_resident() / 1e9, psutil.Process().memory_info().rss / 1e9
+        resident = psutil.Process().memory_info().rss
+        result.peak_gb, result.resident_gb = max(peak_resident(), resident) / 1e9, resident / 1e9
 
 
 def _mode(side: str, cuda: bool) -> str:
@@ -144,7 +145,8 @@ def _read(model, ids) -> State:
 def _prefill_rate(model, cell: Cell) -> float:
     """Tokens a second on a GPU, at as many rows as make 32k tokens, the second time."""
     ids = _tokens(model, max(1, min(cell.batch, TOKENS_AT_ONCE // cell.prompt)), cell.prompt)
-    _read(model, ids)
+    if len(ids) > 1:  # the kernels for one row have been built
+        _read(model, ids)
     _wait(model)
     _, seconds = _timed(model, lambda: _read(model, ids))
     return ids.numel() / seconds

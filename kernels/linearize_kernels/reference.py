@@ -55,8 +55,8 @@ def attention_quadratic(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, 
         visible = visible & (segments[:, :, None] == torch.cat([old, segments], 1)[:, None, :])
     exact = visible & ((distance < window) | is_sink[:, None, :])
     out = _combine(
-        q, keys, values, q_far, mapped, gate, exact=exact, far=visible & ~exact, distance=distance,
-        total=past.total, sees_total=past.has_folded[:, None].expand(-1, length),
+        q, keys, values, q_far, mapped, gate, _features(features, q_far), exact=exact, far=visible & ~exact,
+        distance=distance, total=past.total, sees_total=past.has_folded[:, None].expand(-1, length),
         scaling=scaling, features=features, log_decay=log_decay, softcap=softcap, sink_logits=sink_logits,
     )  # fmt: skip
     return out, _advance(past, new, features, log_decay) if return_state else None
@@ -101,9 +101,9 @@ def attention_chunked(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, fe
     distance = torch.arange(chunk, device=q.device)[:, None] + ring - slots
     visible = usable & (distance >= 0) & (query_segment[..., None] == segment)
     exact = visible & ((distance < window) | is_sink)
-    far = visible & ~exact
+    far, q_far = visible & ~exact, fold_chunks(q_far)
     out = _combine(
-        fold_chunks(q), keys, values, fold_chunks(q_far), mapped, fold_chunks(gate[..., None])[..., 0],
+        fold_chunks(q), keys, values, q_far, mapped, fold_chunks(gate[..., None])[..., 0], _features(features, q_far),
         exact=exact.flatten(0, 1), far=far.flatten(0, 1), distance=distance,
         total=totals, sees_total=sees_total.flatten(0, 1),
         scaling=scaling, features=features, log_decay=log_decay, softcap=softcap, sink_logits=sink_logits,
@@ -124,16 +124,17 @@ def attention_step(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, state
         valid = torch.ones(k.shape[0], 1, dtype=torch.bool, device=k.device)
     keys = torch.cat([state.sink_k, state.ring_k, k], 2)
     values = torch.cat([state.sink_v, state.ring_v, v], 2)
+    expanded = _features(features, torch.cat([q_far, state.ring_far[:, :, :1]], 1))  # of what comes and what leaves
     out = _combine(
-        q, keys, values, q_far, None, gate, exact=torch.cat([state.sink_valid, usable, valid], 1)[:, None], far=None,
-        distance=None, total=state.total, sees_total=(state.length - sinks > usable.sum(-1))[:, None],
+        q, keys, values, None, None, gate, expanded[:, : q.shape[1]], far=None, distance=None, total=state.total,
+        exact=torch.cat([state.sink_valid, usable, valid], 1)[:, None],
+        sees_total=(state.length - sinks > usable.sum(-1))[:, None],
         scaling=scaling, features=features, log_decay=None, softcap=softcap, sink_logits=sink_logits,
     )  # fmt: skip
     total = state.total
     if log_decay is not None:
         total = total * torch.exp(log_decay.to(total.dtype))[:, None, None]
-    age = torch.full((1,), window, device=k.device)
-    leaving = _fold(state.ring_far[:, :, :1], state.ring_v[:, :, :1], usable[:, :1], age, features, log_decay)
+    leaving = _fold(expanded[:, q.shape[1] :], state.ring_v[:, :, :1], usable[:, :1], window, log_decay)
     arrived = (state.length[:, None] == torch.arange(sinks, device=k.device)) & valid
     arrived = arrived[:, None, :, None]
     return out, State(
@@ -159,22 +160,22 @@ def attention_reference(q, *args, chunk=64, state=None, segments=None, return_st
     return attention_chunked(q, *args, **options, chunk=chunk)
 
 
-def _combine(q, k, v, q_far, k_far, gate, *, exact, far, distance, total, sees_total, scaling, features, log_decay,
-             softcap, sink_logits):  # fmt: skip
+def _combine(q, k, v, q_far, k_far, gate, q_features, *, exact, far, distance, total, sees_total, scaling, features,
+             log_decay, softcap, sink_logits):  # fmt: skip
     """One softmax-like average over exact keys, far keys and the sum of older ones.
 
     exact, far [B, T, L] bool (far None: no key in sight is); distance [T, L] (a query's slot minus a key's);
-    total [B, M, F, V + 1]; sees_total [B, T] bool. Scores are taken in float32 or better, and shifted by c_i before
-    any exp.
+    q_features [B, H, T, F]; total [B, M, F, V + 1]; sees_total [B, T] bool. Scores are taken in float32 or better, and
+    shifted by c_i before any exp.
     """
     length, out_dtype, dtype = q.shape[2], q.dtype, accumulation_dtype(q.dtype)
-    q, k, v, q_far, gate, total = (x.to(dtype) for x in (q, k, v, q_far, gate, total))
+    q, k, v, gate, q_features, total = (x.to(dtype) for x in (q, k, v, gate, q_features, total))
     scores = scaling * _by_group(torch.matmul, q, k.transpose(-1, -2))  # [B, H, T, L]
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~exact[:, None], -torch.inf)
+    scores = torch.where(exact[:, None], scores, -torch.inf)
     sees_any = sees_total[:, None] if far is None else far[:, None].any(-1) | sees_total[:, None]
-    gate = gate.masked_fill(~sees_any, -torch.inf)
+    gate = torch.where(sees_any, gate, -torch.inf)
     shift = torch.maximum(scores.amax(-1), gate)
     if sink_logits is not None:
         sink_logits = sink_logits.to(dtype)[None, :, None]
@@ -183,23 +184,23 @@ def _combine(q, k, v, q_far, k_far, gate, *, exact, far, distance, total, sees_t
     far_weight = torch.exp(gate - shift)[..., None]  # [B, H, T, 1]
     weights = torch.exp(scores - shift[..., None])
     if far is not None:
-        similarity = _by_group(features.similarity, q_far, k_far.to(dtype))
+        similarity = _by_group(features.similarity, q_far.to(dtype), k_far.to(dtype))
         if log_decay is not None:
             decayed = torch.exp(log_decay.to(dtype)[:, None, None] * distance.clamp_min(0))  # [M, T, L]
             similarity = similarity * decayed.repeat_interleave(q.shape[1] // k_far.shape[1], 0)
         weights = weights + far_weight * similarity.masked_fill(~far[:, None], 0)
-    sums = _by_group(torch.matmul, weights, torch.cat([v, torch.ones_like(v[..., :1])], -1))  # [B, H, T, V + 1]
-
-    older = _by_group(torch.matmul, features.expand(q_far), total)
+    older = far_weight * _by_group(torch.matmul, q_features, total)  # [B, H, T, V + 1]
     if log_decay is not None:
         decayed = torch.exp(log_decay.to(dtype)[:, None] * torch.arange(length, device=q.device))  # [M, T]
         older = older * decayed.repeat_interleave(q.shape[1] // total.shape[1], 0)[..., None]
-    sums = sums + far_weight * older.masked_fill(~sees_total[:, None, :, None], 0)
-    denominator = sums[..., -1:]
+    if far is not None:  # else the gate says so
+        older = older.masked_fill(~sees_total[:, None, :, None], 0)
+    sums = _by_group(torch.matmul, weights, v) + older[..., :-1]
+    denominator = weights.sum(-1, keepdim=True) + older[..., -1:]
     if sink_logits is not None:
         denominator = denominator + torch.exp(sink_logits - shift)[..., None]
     empty = denominator == 0
-    out = sums[..., :-1] / denominator.masked_fill(empty, 1)
+    out = sums / denominator.masked_fill(empty, 1)
     return out.masked_fill(empty, 0).to(out_dtype)
 
 
@@ -272,10 +273,17 @@ def _timeline(past: State, new: _Tokens, tail: int) -> _Tokens:
     )
 
 
-def _fold(k_far, v, select, age, features, log_decay):
-    """Sum of features(k_far) ⊗ [v | 1] over tokens. select [B, T] bool, age [T] slots -> [B, M, F, V + 1]."""
-    dtype = accumulation_dtype(k_far.dtype)
-    expanded = features.expand(k_far.to(dtype)) * select[:, None, :, None]
+def _features(features, mapped):
+    """Features of mapped queries or keys [B, ., T, d], in float32 or better -> [B, ., T, F]."""
+    return features.expand(mapped.to(accumulation_dtype(mapped.dtype)))
+
+
+def _fold(expanded, v, select, age, log_decay):
+    """Sum of k's features [B, M, T, F] ⊗ [v | 1] over tokens. select [B, T] bool, age [T] or one
+    number of slots -> [B, M, F, V + 1].
+    """
+    dtype = expanded.dtype
+    expanded = expanded * select[:, None, :, None]
     if log_decay is not None:
         expanded = expanded * torch.exp(log_decay.to(dtype)[:, None] * age)[..., None]
     v = v.to(dtype)
@@ -302,7 +310,8 @@ def _chunk_totals(line: _Tokens, past: State, features, log_decay, chunk, num_ch
     folded = _Tokens(*(blocks(x, 2 if x.ndim == 4 else 1) for x in line))
     select = folded.usable & ~folded.is_sink & (folded.segment == segment[:, 1:].reshape(-1, 1))
     age = chunk + ring - torch.arange(chunk, device=segment.device)
-    sums = _fold(folded.k_far, folded.v, select, age, features, log_decay).unflatten(0, (batch, num_chunks - 1))
+    sums = _fold(_features(features, folded.k_far), folded.v, select, age, log_decay)
+    sums = sums.unflatten(0, (batch, num_chunks - 1))
     counts = select.sum(-1).unflatten(0, (batch, num_chunks - 1))
     same = segment[:, 1:] == segment[:, :-1]
 
@@ -349,7 +358,8 @@ def _advance(past: State, new: _Tokens, features, log_decay) -> State:
     total = past.total
     if log_decay is not None:
         total = total * torch.exp(log_decay.to(total.dtype) * length)[:, None, None]
-    total = total + _fold(leaving.k_far, leaving.v, leaving.usable & ~leaving.is_sink, age, features, log_decay)
+    expanded, select = _features(features, leaving.k_far), leaving.usable & ~leaving.is_sink
+    total = total + _fold(expanded, leaving.v, select, age, log_decay)
     wanted = torch.arange(past.num_sinks, device=new.rank.device)[:, None]
     chosen = (new.rank[:, None, :] == wanted) & new.valid[:, None, :]  # [B, n, T]
     arrived = chosen.any(-1)[:, None, :, None]
