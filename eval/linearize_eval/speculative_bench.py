@@ -75,7 +75,7 @@ def decode(model, ids, new: int, what: str, how: dict) -> Row:
             torch.cuda.synchronize()
         start = time.perf_counter()
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, min_new_tokens=new,
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new,
             pad_token_id=0, **how,
         )  # fmt: skip
         tokens = out[0, ids.shape[1] :].cpu()
