@@ -193,11 +193,28 @@ def _add_bench(verbs) -> None:
     what.add_argument("--prompts", type=_counts, default=[128, 1024, 8192, 32768], metavar="N,N", help="128,1k,8k,32k")
     what.add_argument("--new", type=_positive, default=1024, metavar="N", help="new tokens a row (default 1024)")
     what.add_argument("--batches", type=_counts, default=[1, "max"], metavar="N,N", help="default 1,max: what fits")
+    what.add_argument("--cells", type=_pairs, metavar="P:B,P:B", help="prompt:batch pairs instead, as 1k:128,8k:max")
     what.add_argument("--sides", type=_names, metavar="A,B", help="converted, teacher-static, teacher-dynamic (all)")
+    what.add_argument("--steps", type=_positive, metavar="N", help="time N of the new tokens (default all)")
+    what.add_argument("--made-up", action="store_true", help="decode from random memory: no prompt is read")
     parser.add_argument("--compile-layers", action="store_true", help="torch.compile each layer, on both sides")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="default bfloat16")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     parser.add_argument("--output", metavar="PATH", help="also write PATH.csv and PATH.png")
+    _add_bench_speculative(actions)
+
+
+def _add_bench_speculative(actions) -> None:
+    about = "assisted decoding beside plain: a converted model drafts for its teacher, prompt lookup for the converted"
+    parser = _verb(actions, "speculative", _bench_speculative, about, examples.BENCH_EPILOG)
+    parser.add_argument("folder", metavar="DIR", help="a converted model")
+    parser.add_argument("--against", metavar="MODEL", help="its teacher, for which it drafts")
+    parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="its beginnings are the prompts")
+    parser.add_argument("--prompts", type=_counts, default=[256, 1024], metavar="N,N", help="tokens; default 256,1k")
+    parser.add_argument("--new", type=_positive, default=128, metavar="N", help="new tokens (default 128)")
+    parser.add_argument("--lookup", type=_positive, default=8, metavar="N", help="tokens looked up at once (default 8)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="default float32")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
 
 
 def _add_recipes(verbs) -> None:
@@ -287,7 +304,15 @@ def _bench_generation(args: argparse.Namespace) -> None:
     from linearize_eval.generation_bench import bench_generation
 
     names = ("folder", "against", "shape", "prompts", "new", "batches", "sides", "dtype", "device", "compile_layers")
-    bench_generation(**{name: getattr(args, name) for name in (*names, "output", "window")})
+    more = ("output", "window", "steps", "made_up", "cells")
+    bench_generation(**{name: getattr(args, name) for name in (*names, *more)})
+
+
+def _bench_speculative(args: argparse.Namespace) -> None:
+    from linearize_eval.speculative_bench import bench_speculative
+
+    names = ("folder", "against", "text", "prompts", "new", "lookup", "dtype", "device")
+    bench_speculative(**{name: getattr(args, name) for name in names})
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -349,6 +374,14 @@ def _counts(text: str) -> list[int | str]:
         number = word.strip().removesuffix("k")
         counts.append("max" if number == "max" else _positive(number) * (1024 if word.strip().endswith("k") else 1))
     return counts
+
+
+def _pairs(text: str) -> list[tuple]:
+    """'1k:128,8k:max' -> [(1024, 128), (8192, 'max')]."""
+    pairs = [tuple(_counts(word.replace(":", ","))) for word in text.split(",")]
+    if any(len(pair) != 2 or pair[0] == "max" for pair in pairs):
+        raise argparse.ArgumentTypeError(f"must be prompt:batch pairs, as 1k:128,8k:max, is '{text}'")
+    return pairs
 
 
 def _names(text: str) -> list[str]:

@@ -132,8 +132,9 @@ def test_options_are_frozen():
         + ["--max-new-tokens", "--temperature", "--seed"],
         "bench": [],
         "bench kernels": [],
-        "bench generation": ["--against", "--shape", "--window", "--prompts", "--new", "--batches", "--sides"]
-        + ["--compile-layers", "--dtype", "--device", "--output"],
+        "bench generation": ["--against", "--shape", "--window", "--prompts", "--new", "--batches", "--cells"]
+        + ["--sides", "--steps", "--made-up", "--compile-layers", "--dtype", "--device", "--output"],
+        "bench speculative": ["--against", "--text", "--prompts", "--new", "--lookup", "--dtype", "--device"],
         "report": ["--baseline"],
         "doctor": ["--device"],
         "serve": ["--host", "--port", "--device"],

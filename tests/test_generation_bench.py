@@ -1,4 +1,4 @@
-"""`linearize bench`: the table, file and picture of a small run, memory cells that do not fit, and what is refused."""
+"""`linearize bench generation`: table, file and picture of small runs, cells that do not fit, and what is refused."""
 
 import csv
 
@@ -12,7 +12,9 @@ from linearize.architecture import linearize_
 from linearize.export import export
 from linearize.loading import load_any
 from linearize.recipe import AttentionSettings, FeatureMapSettings
+from linearize.state import read
 from linearize_eval import generation_bench as bench
+from linearize_eval import generation_measure, generation_models, softmax_choice
 
 
 @pytest.fixture(scope="module")
@@ -33,30 +35,87 @@ def run(*words) -> int:
 
 
 def test_every_side_prompt_and_batch_is_measured(folder, teacher, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert run(folder, "--against", teacher, "--prompts", "16,32", "--new", 4, "--batches", "1,2", "--output", out) == 0
+    results = bench.bench_generation(
+        folder, against=teacher, prompts=[16, 32], new=4, batches=[1, 2], dtype="float32", device="cpu",
+        output=tmp_path / "run", own_process=False,
+    )  # fmt: skip
     printed = capsys.readouterr().out
-    assert "CPU threads" in printed and "GB/s" in printed
+    assert "CPU threads" in printed and "GB/s" in printed and "Timed:" not in printed
     rows = list(csv.DictReader((tmp_path / "run.csv").open()))
+    assert len(rows) == len(results)
     cells = [(r["side"], int(r["prompt"]), int(r["batch"])) for r in rows]
     assert sorted(cells) == sorted((s, p, b) for s in bench.SIDES for p in (16, 32) for b in (1, 2))
     assert all(float(r["decode_tokens_s"]) > 0 and float(r["prefill_tokens_s"]) > 0 for r in rows)
+    assert {(r["side"], r["how"]) for r in rows} == {
+        ("converted", "eager"), ("teacher-static", "static"), ("teacher-dynamic", "eager")
+    }  # fmt: skip
     held = {(r["side"], int(r["prompt"])): int(r["bytes_a_row"]) for r in rows}
     assert held["converted", 16] == held["converted", 32]
-    assert held["teacher-dynamic", 16] == 2 * 2 * 2 * 8 * 4 * (16 + 4 - 1 + bench._WARMUP)  # K, V, layers, heads, dim
-    assert "Decoding: converted over teacher" in printed and printed.count("each at its best") == 2
+    token = 2 * 2 * 2 * 8 * 4  # K, V, layers, heads, dim
+    assert held["teacher-dynamic", 16] == token * (16 + 4 - 1 + generation_measure.WARMUP)
+    assert held["teacher-static", 16] == token * generation_measure.SLOTS
+    assert "Converted over teacher" in printed and printed.count("each at its best") == 2
     assert (tmp_path / "run.png").stat().st_size > 10000
 
 
+def test_a_cell_in_a_process_of_its_own(folder, capsys, tmp_path):
+    words = ("--cells", "32:1", "--new", 9, "--steps", 4, "--made-up", "--output", tmp_path / "run")
+    assert run(folder, *words) == 0
+    assert "4 decode steps from the middle of 8" in capsys.readouterr().out
+    (row,) = csv.DictReader((tmp_path / "run.csv").open())
+    assert row["steps"] == "4" and row["how"] == "eager; memory made up" and row["prefill_tokens_s"] == ""
+    assert 0.05 < float(row["resident_gb"]) <= float(row["peak_gb"]) < 2
+
+
+def test_a_process_that_fails_tells_why(folder, tmp_path):
+    cell = generation_measure.Cell("converted", 8, 4, 1)
+    options = dict(folder=str(tmp_path / "nothing"), against=None, shape=None, dtype="float32", device="cpu",
+                   window=None, compile_layers=False)  # fmt: skip
+    with pytest.raises(bench.LinearizeError, match="converted, prompt 8: .*is not a model folder"):
+        bench.in_own_process(cell, options, 1e9)
+
+
+@pytest.mark.parametrize("kind", ["converted", "teacher"])
+def test_made_up_memory_is_that_of_a_text(kind):
+    model = make_model()
+    model = convert(model) if kind == "converted" else model
+    made_up, real = generation_measure.made_up_state(model, 40), read(model, torch.full((1, 40), 5))
+    assert made_up.num_bytes() == real.num_bytes() and torch.equal(made_up.lengths, real.lengths)
+    logits = []
+    for state in (made_up, read(model, torch.full((1, 40), 6))):
+        decoder = generation_measure.Decoder(model, batch=1, mode="eager", eos=[])
+        decoder.start(state)
+        assert decoder.decode_n(3).shape == (1, 3)
+        assert generation_measure.cache_bytes(decoder.cache) > 0
+        logits.append(state.logits)
+    assert all(x.isfinite().all() for x in logits)
+
+
 def test_a_batch_that_does_not_fit_is_a_row_without_figures(monkeypatch, capsys):
-    def fails(*_):
+    tried = []
+
+    def fails(model, cell, rate):
+        tried.append(cell.batch)
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(bench, "measure", fails)
-    result = bench._try(None, "converted", 8, 4, 64, 1e9)
-    assert result.decode_ms is None and result.step == "does not fit"
+    monkeypatch.setattr(bench, "largest_batch", lambda *_: 128)
+    result = bench._largest(None, generation_measure.Cell("converted", 8, 4, "max"), 1e9)
+    assert result.decode_ms is None and result.how == "does not fit"
+    assert tried[:4] == [128, 112, 96, 80] and tried[-1] == 1
     bench._report(result, None, first=True)
     assert "does not fit" in capsys.readouterr().out
+
+
+def test_the_largest_batch_is_of_what_the_decoder_holds():
+    """Bytes of a row as estimated, beside those of the cache that a decoder makes."""
+    for side in ("converted", "teacher-static"):
+        model = make_model(num_key_value_heads=4, hidden_size=256, head_dim=64, vocab_size=32)
+        model = convert(model, dim=16, window=64) if side == "converted" else model
+        cell = generation_measure.Cell(side, 1024, 128, 1)
+        decoder = generation_measure.Decoder(model, batch=1, mode="static", max_length=1216, eos=[])
+        held = decoder.cache.num_bytes()
+        assert held < generation_measure.row_bytes(model, cell) < (2.6 if side == "converted" else 1.6) * held
 
 
 def test_ratios_take_the_better_teacher_and_each_sides_best():
@@ -74,16 +133,51 @@ def test_ratios_take_the_better_teacher_and_each_sides_best():
 
 def test_weights_and_cache_are_counted_once():
     tied, untied = make_model(tie_word_embeddings=True), make_model(tie_word_embeddings=False)
-    assert bench.weight_bytes(tied) == bench.weight_bytes(untied) == sum(p.nbytes for p in tied.parameters())
-    assert bench._is_converted(convert(tied)) and not bench._is_converted(untied)
+    weight_bytes = generation_models.weight_bytes
+    assert weight_bytes(tied) == weight_bytes(untied) == sum(p.nbytes for p in tied.parameters())
+    assert generation_models.is_converted(convert(tied)) and not generation_models.is_converted(untied)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_softmax_of_one_token_by_groups(eager, groups):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, groups, 9, 8), torch.randn(2, groups, 9, 8)
+    mask = (torch.arange(9) < torch.tensor([[5], [9]]))[:, None, None]
+    every = [x.repeat_interleave(4 // groups, 1) for x in (k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, *every, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(softmax_choice.one_token(q, k, v, mask, 0.3, eager=eager), expected)
+
+
+def test_the_teacher_decodes_the_same_by_the_chosen_softmax(monkeypatch):
+    model, ids = make_model(), torch.randint(3, 96, (2, 12))
+    states = read(model, ids)
+
+    def tokens():
+        decoder = generation_measure.Decoder(model, batch=2, mode="static", eos=[], max_length=64)
+        decoder.start(states)
+        return decoder.decode_n(20)
+
+    expected, one_token, asked = tokens(), softmax_choice.one_token, []
+    monkeypatch.setattr(
+        softmax_choice, "one_token", lambda *a, **kw: asked.append(kw["eager"]) or one_token(*a, **kw)
+    )
+    for name in ("eager", "efficient"):
+        monkeypatch.setattr(softmax_choice, "measure_kernels", lambda *_, name=name, **__: {name: 1.0, "cuDNN": 2.0})
+        words, _ = softmax_choice.use_fastest(model, batch=2, slots=64, growing=False)
+        assert words == f"{name} 1 us a layer (cuDNN 2)"
+        assert torch.equal(tokens(), expected)
+        assert asked == [name == "eager"] * 40  # two layers, twenty steps
+        asked.clear()
 
 
 def test_random_weights_of_a_shape(monkeypatch):
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
     monkeypatch.setitem(bench.SHAPES, "tiny", sizes)
     (result,) = bench.bench_generation(
-        shape="tiny", prompts=[8], new=3, batches=[2], sides=["converted"], dtype="float32", device="cpu", window=5
-    )
+        shape="tiny", prompts=[8], new=3, batches=[2], sides=["converted"], dtype="float32", device="cpu", window=5,
+        own_process=False,
+    )  # fmt: skip
     assert result.decode_ms > 0 and result.total_tokens_s < result.decode_tokens_s
 
 
@@ -99,6 +193,10 @@ def test_what_is_refused(folder, capsys):
     ):
         assert run(*words) == 2
         assert said in capsys.readouterr().err
+    for pairs in ("1k", "max:1", "1:2:3"):
+        with pytest.raises(SystemExit):
+            run(folder, "--cells", pairs)
+        assert "must be prompt:batch pairs" in capsys.readouterr().err
 
 
 def test_bench_kernels_passes_its_arguments_through(monkeypatch):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from linearize_kernels import FEATURE_MAPS, State, attention_chunked, attention_quadratic
+from linearize_kernels import FEATURE_MAPS, State, attention_chunked, attention_quadratic, reference
 
 F64 = {"dtype": torch.float64}
 
@@ -128,7 +128,8 @@ def test_any_split_gives_the_same_outputs_and_state(case, splits):
     x, options = make_case(**CASES[case])
     valid = options.pop("valid")
     whole, final = attention_quadratic(**x, valid=valid, **options, return_state=True)
-    for function in (attention_quadratic, lambda **kw: attention_chunked(**kw, chunk=8)):
+    chunked, cheapest = (lambda **kw: attention_chunked(**kw, chunk=8)), reference.attention_reference
+    for function in (attention_quadratic, chunked, cheapest):
         state, outputs, start = None, [], 0
         for size in splits:
             part = {name: t[:, :, start : start + size] for name, t in x.items()}
@@ -139,6 +140,26 @@ def test_any_split_gives_the_same_outputs_and_state(case, splits):
         torch.testing.assert_close(torch.cat(outputs, 2), whole, rtol=1e-9, atol=1e-9)
         for name in vars(final):
             torch.testing.assert_close(getattr(state, name), getattr(final, name), rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_one_token_after_a_state_takes_the_short_way(monkeypatch):
+    x, options = make_case(per="query_head", decay=True, pad="left")
+    valid, steps = options.pop("valid"), []
+    expected, _ = attention_quadratic(**x, valid=valid, **options)
+    short = reference.attention_step
+    monkeypatch.setattr(reference, "attention_step", lambda *a, **kw: steps.append(1) or short(*a, **kw))
+    for extra in (0, 3):  # a ring with more slots than the window holds keys that are far, which the short way lacks
+        empty = State.empty(x["k"], x["v"], x["k_far"], num_features=10, sinks=2, ring=4 + extra)
+        state, outputs = empty, []
+        for i in range(37):
+            part = {name: t[:, :, i : i + 1] for name, t in x.items()}
+            out, state = reference.attention_reference(
+                **part, valid=valid[:, i : i + 1], **options, state=state, return_state=True
+            )
+            outputs.append(out)
+        torch.testing.assert_close(torch.cat(outputs, 2), expected, rtol=1e-9, atol=1e-9)
+        assert len(steps) == 37
+        assert all(getattr(state, name).shape == t.shape for name, t in vars(empty).items())
 
 
 def test_state_has_constant_bytes_and_late_folding_is_the_same_function():

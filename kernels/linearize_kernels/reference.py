@@ -12,8 +12,8 @@ For query i, with s_ij = scaling · q_i·k_j (soft-capped where asked) and f(x, 
     den_i    = the same sums with 1 for v_j  +  exp(sink_logit - c_i)        out_i = num_i / den_i  (0 if den_i = 0)
 
 `attention_quadratic` is the definition. `attention_chunked` computes the same in O(T) time and memory.
-Both take a `State` for the past and return the next one, so a text may be cut anywhere; a single token is
-`attention_quadratic` at T = 1.
+Both take a `State` for the past and return the next one, so a text may be cut anywhere. `attention_step` is
+`attention_quadratic` for one token, in a quarter of the operations.
 """
 
 from typing import NamedTuple
@@ -55,8 +55,8 @@ def attention_quadratic(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, 
         visible = visible & (segments[:, :, None] == torch.cat([old, segments], 1)[:, None, :])
     exact = visible & ((distance < window) | is_sink[:, None, :])
     out = _combine(
-        q, keys, values, q_far, mapped, gate, exact=exact, far=visible & ~exact, distance=distance,
-        total=past.total, sees_total=past.has_folded[:, None].expand(-1, length),
+        q, keys, values, q_far, mapped, gate, _features(features, q_far), exact=exact, far=visible & ~exact,
+        distance=distance, total=past.total, sees_total=past.has_folded[:, None].expand(-1, length),
         scaling=scaling, features=features, log_decay=log_decay, softcap=softcap, sink_logits=sink_logits,
     )  # fmt: skip
     return out, _advance(past, new, features, log_decay) if return_state else None
@@ -101,9 +101,9 @@ def attention_chunked(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, fe
     distance = torch.arange(chunk, device=q.device)[:, None] + ring - slots
     visible = usable & (distance >= 0) & (query_segment[..., None] == segment)
     exact = visible & ((distance < window) | is_sink)
-    far = visible & ~exact
+    far, q_far = visible & ~exact, fold_chunks(q_far)
     out = _combine(
-        fold_chunks(q), keys, values, fold_chunks(q_far), mapped, fold_chunks(gate[..., None])[..., 0],
+        fold_chunks(q), keys, values, q_far, mapped, fold_chunks(gate[..., None])[..., 0], _features(features, q_far),
         exact=exact.flatten(0, 1), far=far.flatten(0, 1), distance=distance,
         total=totals, sees_total=sees_total.flatten(0, 1),
         scaling=scaling, features=features, log_decay=log_decay, softcap=softcap, sink_logits=sink_logits,
@@ -112,60 +112,106 @@ def attention_chunked(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, fe
     return out, _advance(past, new, features, log_decay) if return_state else None
 
 
-def attention_reference(q, *args, chunk=64, **options):
-    """`attention_quadratic` for at most two chunks of new tokens, `attention_chunked` beyond: whichever is cheaper."""
+def attention_step(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, state, feature_map="taylor", valid=None,
+                   log_decay=None, softcap=None, sink_logits=None):  # fmt: skip
+    """`attention_quadratic` for one new token after a state whose ring is the window, of window - 1 >= 1 slots.
+
+    All keys in sight are exact then, and what is far is in the sum. Returns (out [B, H, 1, V], the next State).
+    """
+    features, ring, usable = FEATURE_MAPS[feature_map], window - 1, state.ring_usable
+    assert q.shape[2] == 1 and state.ring_k.shape[2] == ring >= 1 and state.num_sinks == sinks, "see the docstring"
+    if valid is None:
+        valid = torch.ones(k.shape[0], 1, dtype=torch.bool, device=k.device)
+    keys = torch.cat([state.sink_k, state.ring_k, k], 2)
+    values = torch.cat([state.sink_v, state.ring_v, v], 2)
+    expanded = _features(features, torch.cat([q_far, state.ring_far[:, :, :1]], 1))  # of what comes and what leaves
+    out = _combine(
+        q, keys, values, None, None, gate, expanded[:, : q.shape[1]], far=None, distance=None, total=state.total,
+        exact=torch.cat([state.sink_valid, usable, valid], 1)[:, None],
+        sees_total=(state.length - sinks > usable.sum(-1))[:, None],
+        scaling=scaling, features=features, log_decay=None, softcap=softcap, sink_logits=sink_logits,
+    )  # fmt: skip
+    total = state.total
+    if log_decay is not None:
+        total = total * torch.exp(log_decay.to(total.dtype))[:, None, None]
+    leaving = _fold(expanded[:, q.shape[1] :], state.ring_v[:, :, :1], usable[:, :1], window, log_decay)
+    arrived = (state.length[:, None] == torch.arange(sinks, device=k.device)) & valid
+    arrived = arrived[:, None, :, None]
+    return out, State(
+        total=total + leaving,
+        sink_k=torch.where(arrived, k, state.sink_k), sink_v=torch.where(arrived, v, state.sink_v),
+        ring_k=keys[:, :, sinks + 1 :], ring_v=values[:, :, sinks + 1 :],
+        ring_far=torch.cat([state.ring_far[:, :, 1:], k_far], 2),
+        ring_valid=torch.cat([state.ring_valid[:, 1:], valid], 1), length=state.length + valid[:, 0],
+    )  # fmt: skip
+
+
+def attention_reference(q, *args, chunk=64, state=None, segments=None, return_state=False, **options):
+    """`attention_step` where it can be, `attention_quadratic` for at most two chunks of new tokens, else
+    `attention_chunked`: whichever is cheapest.
+    """
+    ring = options["window"] - 1
+    if q.shape[2] == 1 and state is not None and state.ring_k.shape[2] == ring >= 1 and segments is None:
+        out, state = attention_step(q, *args, **options, state=state)
+        return out, state if return_state else None
+    options |= dict(state=state, segments=segments, return_state=return_state)
     if q.shape[2] <= 2 * chunk:
         return attention_quadratic(q, *args, **options)
     return attention_chunked(q, *args, **options, chunk=chunk)
 
 
-def _combine(q, k, v, q_far, k_far, gate, *, exact, far, distance, total, sees_total, scaling, features, log_decay,
-             softcap, sink_logits):  # fmt: skip
+def _combine(q, k, v, q_far, k_far, gate, q_features, *, exact, far, distance, total, sees_total, scaling, features,
+             log_decay, softcap, sink_logits):  # fmt: skip
     """One softmax-like average over exact keys, far keys and the sum of older ones.
 
-    exact, far [B, T, L] bool; distance [T, L] (a query's slot minus a key's); total [B, M, F, V + 1];
-    sees_total [B, T] bool. Scores are taken in float32 or better, and shifted by c_i before any exp.
+    exact, far [B, T, L] bool (far None: no key in sight is); distance [T, L] (a query's slot minus a key's);
+    q_features [B, H, T, F]; total [B, M, F, V + 1]; sees_total [B, T] bool. Scores are taken in float32 or better, and
+    shifted by c_i before any exp.
     """
-    heads, length = q.shape[1:3]
-    groups, far_heads, out_dtype, dtype = k.shape[1], k_far.shape[1], q.dtype, accumulation_dtype(q.dtype)
-    q, k, v, q_far, k_far, gate = (x.to(dtype) for x in (q, k, v, q_far, k_far, gate))
-
-    def per(x, num_heads):  # [B, H, T, ...] -> [B, num_heads, H / num_heads, T, ...]
-        return x.unflatten(1, (num_heads, heads // num_heads))
-
-    exact, far = exact[:, None], far[:, None]
-    scores = scaling * (per(q, groups) @ k[:, :, None].transpose(-1, -2)).flatten(1, 2)  # [B, H, T, L]
+    length, out_dtype, dtype = q.shape[2], q.dtype, accumulation_dtype(q.dtype)
+    q, k, v, gate, q_features, total = (x.to(dtype) for x in (q, k, v, gate, q_features, total))
+    scores = scaling * _by_group(torch.matmul, q, k.transpose(-1, -2))  # [B, H, T, L]
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~exact, -torch.inf)
-    gate = gate.masked_fill(~(far.any(-1) | sees_total[:, None]), -torch.inf)
+    scores = torch.where(exact[:, None], scores, -torch.inf)
+    sees_any = sees_total[:, None] if far is None else far[:, None].any(-1) | sees_total[:, None]
+    gate = torch.where(sees_any, gate, -torch.inf)
     shift = torch.maximum(scores.amax(-1), gate)
     if sink_logits is not None:
         sink_logits = sink_logits.to(dtype)[None, :, None]
         shift = torch.maximum(shift, sink_logits)
     shift = shift.detach().masked_fill(shift == -torch.inf, 0)
-    far_weight = torch.exp(gate - shift)  # [B, H, T]
-
-    similarity = features.similarity(per(q_far, far_heads), k_far[:, :, None])
+    far_weight = torch.exp(gate - shift)[..., None]  # [B, H, T, 1]
+    weights = torch.exp(scores - shift[..., None])
+    if far is not None:
+        similarity = _by_group(features.similarity, q_far.to(dtype), k_far.to(dtype))
+        if log_decay is not None:
+            decayed = torch.exp(log_decay.to(dtype)[:, None, None] * distance.clamp_min(0))  # [M, T, L]
+            similarity = similarity * decayed.repeat_interleave(q.shape[1] // k_far.shape[1], 0)
+        weights = weights + far_weight * similarity.masked_fill(~far[:, None], 0)
+    older = far_weight * _by_group(torch.matmul, q_features, total)  # [B, H, T, V + 1]
     if log_decay is not None:
-        log_decay = log_decay.to(dtype)[:, None, None, None]
-        similarity = similarity * torch.exp(log_decay * distance.clamp_min(0))
-    similarity = similarity.flatten(1, 2).masked_fill(~far, 0)
-    weights = torch.exp(scores - shift[..., None]) + far_weight[..., None] * similarity
-    values = torch.cat([v, torch.ones_like(v[..., :1])], -1)[:, :, None]
-    sums = (per(weights, groups) @ values).flatten(1, 2)  # [B, H, T, V + 1]
-
-    older = features.expand(per(q_far, far_heads)) @ total.to(dtype)[:, :, None]  # [B, M, H / M, T, V + 1]
-    if log_decay is not None:
-        older = older * torch.exp(log_decay * torch.arange(length, device=q.device)[:, None])
-    older = older.flatten(1, 2).masked_fill(~sees_total[:, None, :, None], 0)
-    sums = sums + far_weight[..., None] * older
-    denominator = sums[..., -1:]
+        decayed = torch.exp(log_decay.to(dtype)[:, None] * torch.arange(length, device=q.device))  # [M, T]
+        older = older * decayed.repeat_interleave(q.shape[1] // total.shape[1], 0)[..., None]
+    if far is not None:  # else the gate says so
+        older = older.masked_fill(~sees_total[:, None, :, None], 0)
+    sums = _by_group(torch.matmul, weights, v) + older[..., :-1]
+    denominator = weights.sum(-1, keepdim=True) + older[..., -1:]
     if sink_logits is not None:
         denominator = denominator + torch.exp(sink_logits - shift)[..., None]
     empty = denominator == 0
-    out = sums[..., :-1] / denominator.masked_fill(empty, 1)
+    out = sums / denominator.masked_fill(empty, 1)
     return out.masked_fill(empty, 0).to(out_dtype)
+
+
+def _by_group(function, x, y):
+    """function(x, y) of each query head with its group's y: x [B, H, T, a], y [B, G, ...] -> [B, H, T, b].
+
+    The heads of a group are rows of one product, so that y is not repeated.
+    """
+    batch, heads, length, size = x.shape
+    rows = function(x.reshape(batch, y.shape[1], -1, size), y)
+    return rows.reshape(batch, heads, length, rows.shape[-1])
 
 
 class _Tokens(NamedTuple):
@@ -227,13 +273,20 @@ def _timeline(past: State, new: _Tokens, tail: int) -> _Tokens:
     )
 
 
-def _fold(tokens: _Tokens, select, age, features, log_decay):
-    """Sum of features(k_far) ⊗ [v | 1] over tokens. select [B, T] bool, age [T] slots -> [B, M, F, V + 1]."""
-    dtype = accumulation_dtype(tokens.k_far.dtype)
-    expanded = features.expand(tokens.k_far.to(dtype)) * select[:, None, :, None]
+def _features(features, mapped):
+    """Features of mapped queries or keys [B, ., T, d], in float32 or better -> [B, ., T, F]."""
+    return features.expand(mapped.to(accumulation_dtype(mapped.dtype)))
+
+
+def _fold(expanded, v, select, age, log_decay):
+    """Sum of k's features [B, M, T, F] ⊗ [v | 1] over tokens. select [B, T] bool, age [T] or one
+    number of slots -> [B, M, F, V + 1].
+    """
+    dtype = expanded.dtype
+    expanded = expanded * select[:, None, :, None]
     if log_decay is not None:
         expanded = expanded * torch.exp(log_decay.to(dtype)[:, None] * age)[..., None]
-    v = tokens.v.to(dtype)
+    v = v.to(dtype)
     values = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     groups, far_heads = v.shape[1], expanded.shape[1]
     expanded = expanded.unflatten(1, (groups, far_heads // groups)).transpose(-1, -2)
@@ -257,7 +310,8 @@ def _chunk_totals(line: _Tokens, past: State, features, log_decay, chunk, num_ch
     folded = _Tokens(*(blocks(x, 2 if x.ndim == 4 else 1) for x in line))
     select = folded.usable & ~folded.is_sink & (folded.segment == segment[:, 1:].reshape(-1, 1))
     age = chunk + ring - torch.arange(chunk, device=segment.device)
-    sums = _fold(folded, select, age, features, log_decay).unflatten(0, (batch, num_chunks - 1))
+    sums = _fold(_features(features, folded.k_far), folded.v, select, age, log_decay)
+    sums = sums.unflatten(0, (batch, num_chunks - 1))
     counts = select.sum(-1).unflatten(0, (batch, num_chunks - 1))
     same = segment[:, 1:] == segment[:, :-1]
 
@@ -304,7 +358,8 @@ def _advance(past: State, new: _Tokens, features, log_decay) -> State:
     total = past.total
     if log_decay is not None:
         total = total * torch.exp(log_decay.to(total.dtype) * length)[:, None, None]
-    total = total + _fold(leaving, leaving.usable & ~leaving.is_sink, age, features, log_decay)
+    expanded, select = _features(features, leaving.k_far), leaving.usable & ~leaving.is_sink
+    total = total + _fold(expanded, leaving.v, select, age, log_decay)
     wanted = torch.arange(past.num_sinks, device=new.rank.device)[:, None]
     chosen = (new.rank[:, None, :] == wanted) & new.valid[:, None, :]  # [B, n, T]
     arrived = chosen.any(-1)[:, None, :, None]

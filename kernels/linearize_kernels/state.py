@@ -55,9 +55,9 @@ class State:
     @property
     def ring_usable(self) -> torch.Tensor:
         """[B, P] bool: tokens in the ring that are neither padding nor sinks (those stand apart)."""
-        newer_or_same = self.ring_valid.long().flip(-1).cumsum(-1).flip(-1)
-        rank = self.length[:, None] - newer_or_same
-        return self.ring_valid & (rank >= self.num_sinks)
+        older_or_same = self.ring_valid.cumsum(-1)
+        gone = self.length[:, None] - older_or_same[:, -1:]  # tokens before the ring
+        return self.ring_valid & (older_or_same + gone > self.num_sinks)
 
     @property
     def has_folded(self) -> torch.Tensor:
