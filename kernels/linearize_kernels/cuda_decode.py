@@ -104,7 +104,7 @@ def _compile_options(launch: Launch, dtypes, sizes, columns: int, decay: bool) -
     added = parts * sizes[0] * columns * 4
     each = 8 if parts <= 16 else 4
     at_once = min(parts * each, -(-features // each) * each)
-    folding = FOLD * (at_once + columns + sizes[3] + 1) * 4
+    folding = FOLD * (at_once + columns + sizes[3]) * 4
     return defines, max(staged, added, folding)
 
 
@@ -113,5 +113,5 @@ def _static_bytes(state: DecodeState, group: int) -> int:
     rows, features, map_dim = state.keys.shape[2] + 1, state.total.shape[2], state.ring_far.shape[-1]
     padded = 1 << (group - 1).bit_length()
     row = 4 << (state.keys.shape[-1] - 1).bit_length()
-    inputs = (group + 1) * row + 4 * _columns(state) + group * (map_dim + 1) * 4
+    inputs = (group + 1) * row + 4 * _columns(state) + (group * (map_dim + 1) + map_dim) * 4
     return inputs + (features + rows) * padded * 4 + features * 4 + padded * 4 + rows + 64

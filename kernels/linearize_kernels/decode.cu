@@ -11,7 +11,7 @@
 // read by the thread that asked for them, before anything else is done. Keys: a row is shared by KEY_LANES lanes.
 // EAGER: keys and values are read before the token counter has come, wanted or not; for few blocks, where the chain of
 // steps counts.
-#include "primitives.cuh"
+#include "vectors.cuh"
 
 constexpr int PAIRS = MAP_DIM * (MAP_DIM + 1) / 2, FEATURES = PAIRS + MAP_DIM + 1;
 constexpr int RING = WINDOW + FOLD - 1, ROWS = SINKS + RING;
@@ -30,78 +30,11 @@ constexpr int KEYS = least(8, KEY_LANES);                       // keys that a l
 constexpr int VALUE_UNROLL = EAGER ? VALUES : least(VALUES, 4);
 constexpr float LOG2E = 1.4426950408889634f;
 #define NEVER __uint_as_float(0xff800000u)  // -infinity, the score of what is not seen
-constexpr unsigned ALL = 0xffffffffu;
 enum Sort : signed char { UNSEEN, EXACT, FAR };                 // how a row of sinks and ring counts
 
-template <class T> struct Raw4;  // four elements as they lie in memory
-template <> struct Raw4<float> { using type = float4; };
-template <> struct Raw4<bf16> { using type = uint2; };
 using RawSum = Raw4<SUM>::type;
 using RawValue = Raw4<ELEMENT>::type;
-
-__device__ __forceinline__ float low(unsigned x) { return __uint_as_float(x << 16); }
-__device__ __forceinline__ float high(unsigned x) { return __uint_as_float(x & 0xffff0000u); }
-__device__ __forceinline__ float4 widen(float4 x) { return x; }
-__device__ __forceinline__ float4 widen(uint2 x) { return make_float4(low(x.x), high(x.x), low(x.y), high(x.y)); }
-__device__ __forceinline__ float4 narrow(float4 x, float) { return x; }
-__device__ __forceinline__ uint2 narrow(float4 x, bf16) {
-    return make_uint2(to_bf16(x.x) | unsigned(to_bf16(x.y)) << 16, to_bf16(x.z) | unsigned(to_bf16(x.w)) << 16);
-}
-__device__ __forceinline__ void add(float4& to, float weight, float4 x) {
-    to.x += weight * x.x, to.y += weight * x.y, to.z += weight * x.z, to.w += weight * x.w;
-}
-
-// 16 bytes: 4 floats or 8 bfloat16.
-__device__ __forceinline__ void unpack(uint4 x, float (&to)[4]) {
-    to[0] = __uint_as_float(x.x), to[1] = __uint_as_float(x.y), to[2] = __uint_as_float(x.z), to[3] = __uint_as_float(x.w);
-}
-__device__ __forceinline__ void unpack(uint4 x, float (&to)[8]) {
-    to[0] = low(x.x), to[1] = high(x.x), to[2] = low(x.y), to[3] = high(x.y);
-    to[4] = low(x.z), to[5] = high(x.z), to[6] = low(x.w), to[7] = high(x.w);
-}
-
-// 8 or 16 bytes from global to shared memory, behind the thread's back; `copies_done` waits for them.
-template <class T> __device__ __forceinline__ void copy_async(T* to, const T* from) {
-#ifdef CUDA_ON_CPU
-    *to = *from;
-#else
-    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    if constexpr (sizeof(T) == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(at), "l"(from) : "memory");
-#endif
-}
-__device__ __forceinline__ void copies_done() {
-#ifndef CUDA_ON_CPU
-    asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
-// N sums over LANES lanes at once: lane l gets number l / (LANES / N), in x[0].
-template <int N, int OVER> __device__ __forceinline__ float sum_over_lanes(float (&x)[N], int lane) {
-    static_assert(N <= OVER);
-#pragma unroll
-    for (int half = N / 2, bit = OVER / 2; half; half /= 2, bit /= 2) {
-        const bool upper = lane & bit;
-#pragma unroll
-        for (int i = 0; i < half; i++) {
-            const float send = upper ? x[i] : x[i + half], keep = upper ? x[i + half] : x[i];
-            x[i] = keep + __shfl_xor_sync(ALL, send, bit);
-        }
-    }
-#pragma unroll
-    for (int bit = OVER / N / 2; bit; bit /= 2) x[0] += __shfl_xor_sync(ALL, x[0], bit);
-    return x[0];
-}
-__device__ __forceinline__ float warp_sum(float x) {
-    for (int bit = 16; bit; bit /= 2) x += __shfl_xor_sync(ALL, x, bit);
-    return x;
-}
-__device__ __forceinline__ float warp_max(float x) {
-    for (int bit = 16; bit; bit /= 2) x = fmaxf(x, __shfl_xor_sync(ALL, x, bit));
-    return x;
-}
+using RawFar = Raw4<RING_FAR>::type;
 
 // A feature of x, without the 1/2 of squares.
 __device__ __forceinline__ float expand(const float* x, int feature) {
@@ -114,7 +47,23 @@ __device__ __forceinline__ float expand(const float* x, int feature) {
 
 struct Inputs {  // in shared memory, as floats
     float queries[HEADS][KEY_LANES * CHUNK], key[KEY_LANES * CHUNK], value[COLUMNS];
-    float far[HEADS][MAP_DIM], gate[HEADS];
+    float far[HEADS][MAP_DIM], new_far[MAP_DIM], gate[HEADS];
+};
+
+// What a thread brings of SIZE elements to shared memory: all are asked for before one is waited for.
+template <int SIZE> struct Fetch {
+    static constexpr int EACH = (SIZE + THREADS - 1) / THREADS;
+    float x[EACH];
+
+    template <class Get> __device__ __forceinline__ explicit Fetch(Get get) {
+#pragma unroll
+        for (int i = 0; i < EACH; i++) x[i] = get(min(int(threadIdx.x) + i * THREADS, SIZE - 1));
+    }
+    __device__ __forceinline__ void put(float* to) const {
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+            if (int(threadIdx.x) + i * THREADS < SIZE) to[threadIdx.x + i * THREADS] = x[i];
+    }
 };
 
 // Scores of the rows of `keys` that are exact, base 2, and -infinity for those that are not seen; far ones are left out.
@@ -135,12 +84,15 @@ struct Keys {
     }
 
     __device__ __forceinline__ void score(const Inputs& in, const signed char* sort, float (*scores)[PAD], int block,
-                                          float scale) const {
+                                          float scale) {
         const int mine = row(block, lane / (KEY_LANES / KEYS));
         const bool writes = lane % (KEY_LANES / KEYS) == 0 && mine < ROWS && sort[mine] != FAR;
 #pragma unroll 1
         for (int h = 0; h < HEADS; h++) {
             float query[CHUNK], part[KEYS];
+            if (BLOCKS > 2)
+#pragma unroll
+                for (int i = 0; i < KEYS; i++) forget(raw[i]);
 #pragma unroll
             for (int c = 0; c < CHUNK; c++) query[c] = in.queries[h][lane * CHUNK + c];
 #pragma unroll
@@ -157,56 +109,63 @@ struct Keys {
     }
 };
 
-// The folding of FOLD tokens into the sum; called by all threads once nothing else is in `memory`.
+// The folding of FOLD tokens, number `folded` and on, into the sum; by all threads, once nothing else is in `memory`.
 __device__ __forceinline__ void fold(unsigned char* memory, SUM* total, float* norm, const ELEMENT* values,
-                                     const RING_FAR* ring_far, const signed char* ring_kind, int folded, float rate,
-                                     int part, int column, bool works) {
+                                     const RING_FAR* ring_far, const signed char* sort, int folded, float rate,
+                                     int part, int split, bool works) {
     constexpr int EACH = PARTS <= 16 ? 8 : 4;  // features a thread at once
     constexpr int AT_ONCE = least(PARTS * EACH, (FEATURES + EACH - 1) / EACH * EACH);
     auto features = reinterpret_cast<float(*)[AT_ONCE]>(memory);
     auto leaving = reinterpret_cast<float(*)[COLUMNS]>(features + FOLD);
     auto x = reinterpret_cast<float(*)[MAP_DIM]>(leaving + FOLD);
-    auto weight = reinterpret_cast<float*>(x + FOLD);
-    const int t = threadIdx.x, block_column = column - t % LANES * 4;
-    for (int i = t; i < FOLD * COLUMNS; i += THREADS) {
-        const int slot = (folded + i / COLUMNS) % RING, c = block_column + i % COLUMNS;
-        (&leaving[0][0])[i] = ring_kind[slot] == 1 && c < VALUE_DIM ? to_float(values[slot * VALUE_DIM + c]) : 0.f;
-    }
-    for (int i = t; i < FOLD * MAP_DIM; i += THREADS) {
-        const int slot = (folded + i / MAP_DIM) % RING;
-        (&x[0][0])[i] = ring_kind[slot] == 1 ? to_float(ring_far[slot * MAP_DIM + i % MAP_DIM]) : 0.f;
-    }
-    if (t < FOLD) {
-        const bool usable = ring_kind[(folded + t) % RING] == 1;
-        weight[t] = usable ? (DECAY ? exp2f(rate * (FOLD + WINDOW - 1 - t)) : 1.f) : 0.f;
-    }
-    const float kept = DECAY ? exp2f(rate * FOLD) : 1.f;
+    const int t = threadIdx.x, column = t % LANES * 4;
+    total += split * COLUMNS + column;
     for (int base = 0; base < FEATURES; base += PARTS * EACH) {
         float4 sums[EACH];
         const int first = base + part * EACH;
 #pragma unroll
         for (int i = 0; i < EACH; i++)
             if (works && first + i < FEATURES)
-                sums[i] = widen(__ldcg(reinterpret_cast<const RawSum*>(total + (first + i) * VALUE_DIM + column)));
+                sums[i] = widen(__ldcg(reinterpret_cast<const RawSum*>(total + (first + i) * VALUE_DIM)));
+        if (base == 0) {
+#pragma unroll 4
+            for (int i = t; i < FOLD * LANES; i += THREADS) {
+                const int slot = (folded + i / LANES) % RING, c = split * COLUMNS + i % LANES * 4;
+                float4 value = make_float4(0, 0, 0, 0);
+                if (sort[slot] != UNSEEN && c < VALUE_DIM)
+                    value = widen(__ldcg(reinterpret_cast<const RawValue*>(values + slot * VALUE_DIM + c)));
+                *reinterpret_cast<float4*>(&leaving[0][0] + 4 * i) = value;
+            }
+            for (int i = t; i < FOLD * (MAP_DIM / 4); i += THREADS) {
+                const int slot = (folded + i / (MAP_DIM / 4)) % RING;
+                float4 far = make_float4(0, 0, 0, 0);
+                if (sort[slot] != UNSEEN)
+                    far = widen(__ldcg(reinterpret_cast<const RawFar*>(ring_far + slot * MAP_DIM) + i % (MAP_DIM / 4)));
+                *reinterpret_cast<float4*>(&x[0][0] + 4 * i) = far;
+            }
+        }
         __syncthreads();
         for (int i = t; i < FOLD * AT_ONCE; i += THREADS) {
             const int f = base + i % AT_ONCE, token = i / AT_ONCE;
-            (&features[0][0])[i] = f < FEATURES ? weight[token] * (f < MAP_DIM ? 0.5f : 1.f) * expand(x[token], f) : 0.f;
+            float weight = f < FEATURES && sort[(folded + token) % RING] != UNSEEN ? 1.f : 0.f;
+            if (f < MAP_DIM) weight *= 0.5f;
+            if (DECAY) weight *= exp2f(rate * (FOLD + WINDOW - 1 - token));
+            (&features[0][0])[i] = weight * expand(x[token], min(f, FEATURES - 1));
         }
         __syncthreads();
+        const float kept = DECAY ? exp2f(rate * FOLD) : 1.f;
         for (int i = t; i < AT_ONCE && base + i < FEATURES; i += THREADS) {
             float sum = norm[base + i] * kept;
+#pragma unroll 8
             for (int token = 0; token < FOLD; token++) sum += features[token][i];
             norm[base + i] = sum;
         }
         if (!works || first >= FEATURES) continue;  // the barriers of the next round are the same for all
-        if (DECAY)
 #pragma unroll
-            for (int i = 0; i < EACH; i++)
-                sums[i].x *= kept, sums[i].y *= kept, sums[i].z *= kept, sums[i].w *= kept;
-#pragma unroll 2
+        for (int i = 0; i < EACH && DECAY; i++) sums[i] = kept * sums[i];
+#pragma unroll 1
         for (int token = 0; token < FOLD; token++) {
-            const float4 v = *reinterpret_cast<const float4*>(&leaving[token][column - block_column]);
+            const float4 v = *reinterpret_cast<const float4*>(&leaving[token][column]);
             float w[EACH];
 #pragma unroll
             for (int i = 0; i < EACH; i += 4)
@@ -217,7 +176,7 @@ __device__ __forceinline__ void fold(unsigned char* memory, SUM* total, float* n
 #pragma unroll
         for (int i = 0; i < EACH; i++)
             if (first + i < FEATURES)
-                *reinterpret_cast<RawSum*>(total + (first + i) * VALUE_DIM + column) = narrow(sums[i], SUM());
+                __stcg(reinterpret_cast<RawSum*>(total + (first + i) * VALUE_DIM), narrow(sums[i], SUM()));
     }
 }
 
@@ -251,39 +210,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
 #pragma unroll
     for (int i = 0; i < STAGED; i++)
         if (works && part + i * PARTS < FEATURES) copy_async(staged + i * THREADS, sums + i * STEP);
+    q += b * q_b + g * HEADS * q_h;
+    k += b * k_b + size_t(g) * k_h;
+    v += b * v_b + size_t(g) * v_h;
+    q_far += b * qf_b + g * HEADS * qf_h;
+    k_far += b * kf_b + size_t(g) * kf_h;
+    gate += b * g_b + g * HEADS * g_h;
+    constexpr int DIM = KEY_LANES * CHUNK;
     const int now = position[own], length = now + offset[b];  // this token's number; tokens before it, less padding
     const float rate = DECAY ? log_decay[g] * LOG2E : 0.f;
-    const int folded = max(now - WINDOW + 1, 0) / FOLD * FOLD, age_limit = now - folded, new_slot = now % RING;
-    Keys block_keys;
-    block_keys.lane = lane % KEY_LANES;
-    block_keys.first = warp * (32 / KEY_LANES) + lane / KEY_LANES;
-    block_keys.load(keys, 0, length, min(WINDOW - 1, age_limit), new_slot);
+    const Fetch<ROWS> kinds([&](int r) { return float(ring_kind[max(r - SINKS, 0)]); });
+    const Fetch<HEADS * DIM> fetch_q([&](int i) { return to_float(q[i / DIM * q_h + min(i % DIM, HEAD_DIM - 1)]); });
+    const Fetch<DIM> fetch_k([&](int i) { return to_float(k[min(i, HEAD_DIM - 1)]); });
+    const Fetch<COLUMNS> fetch_v([&](int i) { return to_float(v[min(split * COLUMNS + i, VALUE_DIM - 1)]); });
+    const Fetch<HEADS * MAP_DIM> fetch_far([&](int i) { return to_float(q_far[i / MAP_DIM * qf_h + i % MAP_DIM]); });
+    const Fetch<MAP_DIM> fetch_new_far([&](int i) { return to_float(k_far[i]); });
+    const Fetch<HEADS> fetch_gate([&](int i) { return to_float(gate[i * g_h]) * LOG2E; });
+    const Fetch<FEATURES> fetch_norms([&](int i) { return norm[i]; });
     RawValue raw_values[VALUE_UNROLL];
     if (EAGER)
 #pragma unroll
         for (int i = 0; i < VALUE_UNROLL; i++)
             if (works && part + i * PARTS < ROWS)
                 raw_values[i] = __ldcg(reinterpret_cast<const RawValue*>(values + (part + i * PARTS) * VALUE_DIM + column));
+    const int folded = max(now - WINDOW + 1, 0) / FOLD * FOLD, age_limit = now - folded, new_slot = now % RING;
+    Keys block_keys;
+    block_keys.lane = lane % KEY_LANES;
+    block_keys.first = warp * (32 / KEY_LANES) + lane / KEY_LANES;
+    block_keys.load(keys, 0, length, min(WINDOW - 1, age_limit), new_slot);
 
-    q += b * q_b + g * HEADS * q_h;
-    k += b * k_b + size_t(g) * k_h;
-    v += b * v_b + size_t(g) * v_h;
-    q_far += b * qf_b + g * HEADS * qf_h;
-    k_far += b * kf_b + size_t(g) * kf_h;
-    constexpr int DIM = KEY_LANES * CHUNK;
-    for (int i = t; i < HEADS * DIM; i += THREADS)
-        (&in.queries[0][0])[i] = i % DIM < HEAD_DIM ? to_float(q[i / DIM * q_h + i % DIM]) : 0.f;
-    for (int i = t; i < DIM; i += THREADS) in.key[i] = i < HEAD_DIM ? to_float(k[i]) : 0.f;
-    for (int i = t; i < COLUMNS; i += THREADS)
-        in.value[i] = split * COLUMNS + i < VALUE_DIM ? to_float(v[split * COLUMNS + i]) : 0.f;
-    for (int i = t; i < HEADS * MAP_DIM; i += THREADS) (&in.far[0][0])[i] = to_float(q_far[i / MAP_DIM * qf_h + i % MAP_DIM]);
-    for (int i = t; i < HEADS; i += THREADS) in.gate[i] = to_float(gate[b * g_b + (g * HEADS + i) * g_h]) * LOG2E;
-    for (int i = t; i < FEATURES; i += THREADS) norms[i] = norm[i];
-    for (int r = t; r < ROWS; r += THREADS) {
+    fetch_q.put(&in.queries[0][0]);
+    fetch_k.put(in.key);
+    fetch_v.put(in.value);
+    fetch_far.put(&in.far[0][0]);
+    fetch_new_far.put(in.new_far);
+    fetch_gate.put(in.gate);
+    fetch_norms.put(norms);
+#pragma unroll
+    for (int i = 0; i < kinds.EACH; i++) {
+        const int r = t + i * THREADS;
         int age = new_slot - (r - SINKS);
         age = age < 0 ? age + RING : age;
-        const bool usable = r >= SINKS && ring_kind[max(r - SINKS, 0)] == 1 && age > 0 && age <= age_limit;
-        sort[r] = r < SINKS ? (r < length ? EXACT : UNSEEN) : !usable ? UNSEEN : age < WINDOW ? EXACT : FAR;
+        const bool usable = r >= SINKS && kinds.x[i] == 1.f && age > 0 && age <= age_limit;
+        if (r < ROWS) sort[r] = r < SINKS ? (r < length ? EXACT : UNSEEN) : !usable ? UNSEEN : age < WINDOW ? EXACT : FAR;
     }
     __syncthreads();
 
@@ -305,18 +274,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
         float x = 0;
 #pragma unroll
         for (int c = 0; c < MAP_DIM; c += 4) {
-            const float4 far = widen(__ldcg(reinterpret_cast<const Raw4<RING_FAR>::type*>(ring_far + slot * MAP_DIM + c)));
+            const float4 far = widen(__ldcg(reinterpret_cast<const RawFar*>(ring_far + slot * MAP_DIM + c)));
             x += far.x * in.far[h][c] + far.y * in.far[h][c + 1] + far.z * in.far[h][c + 2] + far.w * in.far[h][c + 3];
         }
         scores[SINKS + slot][h] = in.gate[h] + log2f(0.5f * (1.f + x) * (1.f + x) + 0.5f) + rate * age;
     }
     for (int h = warp; h < HEADS; h += WARPS) {
         float x = 0;
+#pragma unroll
         for (int c = lane; c < HEAD_DIM; c += 32) x += in.queries[h][c] * in.key[c];
         x = warp_sum(x);
         if (lane == 0) scores[ROWS][h] = x * scale;
     }
     __syncthreads();
+
+    // The token enters the ring, and the sinks where the text is that short.
+    for (int i = t; i < COLUMNS && split * COLUMNS + i < VALUE_DIM; i += THREADS) {
+        ELEMENT* to = values + split * COLUMNS + i;
+        to[(SINKS + new_slot) * VALUE_DIM] = from_float<ELEMENT>(in.value[i]);
+        if (length < SINKS) to[length * VALUE_DIM] = from_float<ELEMENT>(in.value[i]);
+    }
+    if (split == 0) {
+        for (int i = t; i < HEAD_DIM; i += THREADS) {
+            keys[(SINKS + new_slot) * HEAD_DIM + i] = from_float<ELEMENT>(in.key[i]);
+            if (length < SINKS) keys[length * HEAD_DIM + i] = from_float<ELEMENT>(in.key[i]);
+        }
+        for (int i = t; i < MAP_DIM; i += THREADS)
+            ring_far[new_slot * MAP_DIM + i] = from_float<RING_FAR>(in.new_far[i]);
+        if (t == 0) ring_kind[new_slot] = length < SINKS ? 2 : 1;
+    }
 
     // One softmax in base 2 a head; the sum joins it with the gate for a score. Other warps go on to the sum.
     for (int h = WARPS - 1 - warp; h < PAD; h += WARPS) {
@@ -385,10 +371,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
     if (!EAGER) load_values(0);
     __syncthreads();
 #pragma unroll
-    for (int h = 0; h < PAD; h++) {
-        const float factor = far_factor[h];
-        acc[h].x *= factor, acc[h].y *= factor, acc[h].z *= factor, acc[h].w *= factor;
-    }
+    for (int h = 0; h < PAD; h++) acc[h] = far_factor[h] * acc[h];
 #pragma unroll 1
     for (int i = 0; i < VALUES; i += VALUE_UNROLL) {
         if (i) load_values(i);
@@ -402,7 +385,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
         }
     }
 
-    // Parts are added up, with the new token; and it enters the ring, and the sinks where the text is that short.
+    // Parts are added up, with the new token.
     float* parts = reinterpret_cast<float*>(memory);
     if (works)
 #pragma unroll
@@ -417,23 +400,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
         for (int p = 0; p < PARTS; p++) sum += parts[p * HEADS * COLUMNS + i];
         out[b * o_b + size_t(g * HEADS + h) * o_h + c] = from_float<OUT>(sum);
     }
-    for (int i = t; i < COLUMNS && split * COLUMNS + i < VALUE_DIM; i += THREADS) {
-        const int c = split * COLUMNS + i;
-        values[(SINKS + new_slot) * VALUE_DIM + c] = v[c];
-        if (length < SINKS) values[length * VALUE_DIM + c] = v[c];
-    }
-    if (split == 0) {
-        for (int i = t; i < HEAD_DIM; i += THREADS) {
-            keys[(SINKS + new_slot) * HEAD_DIM + i] = k[i];
-            if (length < SINKS) keys[length * HEAD_DIM + i] = k[i];
-        }
-        for (int i = t; i < MAP_DIM; i += THREADS)
-            ring_far[new_slot * MAP_DIM + i] = from_float<RING_FAR>(to_float(k_far[i]));
-        if (t == 0) ring_kind[new_slot] = length < SINKS ? 2 : 1;
-    }
     if (t == 0) position[own] = now + 1;
     if (max(now - WINDOW + 2, 0) / FOLD * FOLD > folded) {
         __syncthreads();
-        fold(memory, total, norm, values + SINKS * VALUE_DIM, ring_far, ring_kind, folded, rate, part, column, works);
+        fold(memory, total, norm, values + SINKS * VALUE_DIM, ring_far, sort + SINKS, folded, rate, part, split, works);
     }
 }
