@@ -40,8 +40,8 @@ def why_not(state: DecodeState, *, heads: int, dtypes=NAMES) -> str:
     checks = {
         f"dtypes {sorted(map(str, kinds))}: float32 and bfloat16": kinds <= set(NAMES)
         and state.keys.dtype == state.values.dtype,
-        f"head dim {head_dim}: whole pieces of 16 bytes, up to 512 bytes": head_dim * size % 16 == 0
-        and head_dim * size <= 512,
+        f"head dim {head_dim}: whole pieces of 16 bytes, up to 128": head_dim * size % 16 == 0
+        and head_dim <= 128,
         f"value dim {value_dim}: a multiple of 4": value_dim % 4 == 0,
         f"map dim {map_dim}: a multiple of 4, up to 32": map_dim % 4 == 0 and map_dim <= 32,
         f"{heads} query heads, {groups} kv heads: up to 16 a group": heads % groups == 0 and heads // groups <= 16,
@@ -96,7 +96,7 @@ def _compile_options(launch: Launch, dtypes, sizes, columns: int, decay: bool) -
     features = Taylor.num_features(sizes[3])
     defines = {
         **{name: NAMES[dtype] for name, dtype in zip(names, dtypes, strict=True)},
-        **dict(zip(numbers, sizes, strict=True)),
+        **dict(zip(numbers, sizes, strict=True)), "ELEMENT_BYTES": dtypes[0].itemsize,
         **dict(FOLD=FOLD, DECAY=int(decay), COLUMNS=columns, THREADS=launch.threads, BLOCKS=launch.blocks),
         **dict(STAGED=min(launch.staged, -(-features // parts)), UNROLL=launch.unroll, EAGER=int(launch.eager)),
     }
@@ -112,6 +112,6 @@ def _static_bytes(state: DecodeState, group: int) -> int:
     """Of decode.cu's static shared memory, at most."""
     rows, features, map_dim = state.keys.shape[2] + 1, state.total.shape[2], state.ring_far.shape[-1]
     padded = 1 << (group - 1).bit_length()
-    row = 4 << (state.keys.shape[-1] - 1).bit_length()
+    row = state.keys.element_size() << (state.keys.shape[-1] - 1).bit_length()
     inputs = (group + 1) * row + 4 * _columns(state) + (group * (map_dim + 1) + map_dim) * 4
     return inputs + (features + rows) * padded * 4 + features * 4 + padded * 4 + rows + 64
