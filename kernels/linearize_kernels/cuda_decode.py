@@ -15,6 +15,7 @@ from .feature_maps import Taylor
 
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
 MAX_STATIC = 48 << 10  # bytes of shared memory that a kernel may declare
+FEWEST_BLOCKS = 1  # below so many "auto" takes Triton
 EAGER_VALUES = 8  # rows of values that a thread may hold before it knows which it needs
 
 
@@ -28,14 +29,11 @@ class Launch(NamedTuple):
     eager: bool = False
 
 
-def why_not(state: DecodeState, *, heads: int, dtypes=NAMES) -> str:
-    """Why the kernel cannot take a state of layers of `heads` query heads; empty where it can.
-
-    dtypes: of q_far, k_far and gate, where they are known.
-    """
+def why_not(state: DecodeState, *, heads: int) -> str:
+    """Why the kernel cannot take a state of layers of `heads` query heads; empty where it can."""
     groups, head_dim, value_dim = state.keys.shape[1], state.keys.shape[-1], state.values.shape[-1]
     map_dim, size = state.ring_far.shape[-1], state.keys.element_size()
-    kinds = {state.keys.dtype, state.values.dtype, state.total.dtype, state.ring_far.dtype, *dtypes}
+    kinds = {state.keys.dtype, state.values.dtype, state.total.dtype, state.ring_far.dtype}
     static = _static_bytes(state, heads // groups)
     checks = {
         f"dtypes {sorted(map(str, kinds))}: float32 and bfloat16": kinds <= set(NAMES)
@@ -64,14 +62,16 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
     """As `decode.launch_decode`, with this kernel; returns the compiled kernel."""
     heads, groups, splits = q.shape[1], k.shape[1], state.position.shape[2]
     q, k, v, q_far, k_far = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, q_far, k_far))
-    assert out.stride(-1) == 1, "out needs its last dimension dense"
+    assert q.shape[2] == 1 and q.dtype == k.dtype == v.dtype == state.keys.dtype, "one token, of the state's dtype"
+    assert k.shape[-1] == state.keys.shape[-1] and v.shape[-1] == state.values.shape[-1], "as wide as the state's"
+    assert out.shape == (*q.shape[:-1], v.shape[-1]) and out.stride(-1) == 1, "out: [B, H, 1, V], dense at the end"
     launch = launch or choose_launch(state)
     defines, shared = _compile_options(
         launch, tuple(x.dtype for x in (q, state.total, state.ring_far, q_far, k_far, gate, out)),
         (heads // groups, q.shape[-1], v.shape[-1], q_far.shape[-1], state.window, state.num_sinks),
         _columns(state), log_decay is not None,
     )  # fmt: skip
-    kernel = cuda.kernel("decode.cu", "decode_kernel", defines, shared)
+    kernel = cuda.kernel("decode.cu", "decode_kernel", defines, shared, device=q.device.index)
     strides = [s for x in (q, k, v, q_far, k_far, gate, out) for s in x.stride()[:2]]
     kernel(
         (state.position.numel(), 1, 1), (launch.threads, 1, 1),
