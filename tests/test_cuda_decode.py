@@ -6,16 +6,17 @@ Without a GPU the same source runs in the emulator (cuda_on_cpu.h).
 import functools
 from dataclasses import fields, replace
 
+import cuda_emulator
 import pytest
 import torch
 
-import cuda_emulator
 from linearize_kernels import State, attention_quadratic, cuda, dispatch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from linearize_kernels import cuda_decode  # noqa: E402
 from linearize_kernels.cuda_decode import Launch, launch_decode  # noqa: E402
 from linearize_kernels.decode import FOLD, DecodeState, decode  # noqa: E402
+from linearize_kernels.self_test import self_test_decode  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -30,8 +31,9 @@ def emulated(monkeypatch):
         monkeypatch.setattr(cuda, "kernel", cuda_emulator.kernel)
 
 
-def make(prompt=12, tokens=2 * FOLD + 6, batch=2, heads=4, groups=1, head_dim=64, value_dim=None, map_dim=16, window=6,
-         sinks=4, decay=False, pad=0, large=1.0, far_gate=None, dtype=torch.float32, far_dtype=torch.float32, seed=0):  # fmt: skip
+def make(prompt=12, tokens=2 * FOLD + 6, batch=2, heads=4, groups=1, head_dim=64, value_dim=None, map_dim=16,
+         window=6, sinks=4, decay=False, pad=0, large=1.0, far_gate=None, dtype=torch.float32,
+         far_dtype=torch.float32, seed=0):  # fmt: skip
     g = torch.Generator().manual_seed(seed)
     length = prompt + tokens
 
@@ -137,7 +139,8 @@ CASES = {  # in the emulator each is a compilation of a second
     "from nothing, eager": {"prompt": 0, "splits": 2, "launch": EAGER},
     "12 heads a group, sums in bfloat16": {"heads": 12, "sum_dtype": BF16, "batch": 1, "tokens": FOLD + 6},
     "nothing staged, 128 threads, keys in two rounds": {
-        "prompt": 70, "tokens": FOLD + 6, "window": 64, "launch": Launch(threads=128, staged=0, unroll=3), "dtype": BF16,
+        "prompt": 70, "tokens": FOLD + 6, "window": 64, "dtype": BF16,
+        "launch": Launch(threads=128, staged=0, unroll=3),
     },  # fmt: skip
     "gate above all, nothing far": {"prompt": 2, "tokens": 4, "far_gate": 300.0},
 }
@@ -228,11 +231,8 @@ def test_auto_takes_cuda_where_its_self_test_passes(monkeypatch):
     monkeypatch.setattr(cuda_decode, "launch_decode", wrong)
     assert dispatch.decodes_in_cuda(state, heads=4, decay=False), "the verdict is kept"
     dispatch._cuda_decodes.clear()
-    dispatch_test = dispatch.can_decode_cuda
-    from linearize_kernels.self_test import self_test_decode
-
     self_test_decode.cache_clear()
-    verdict = dispatch_test(state, heads=4)
+    verdict = dispatch.can_decode_cuda(state, heads=4)
     self_test_decode.cache_clear()
     assert not verdict and "is off by" in verdict.reason
 

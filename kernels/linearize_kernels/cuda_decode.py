@@ -74,9 +74,9 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
     kernel = cuda.kernel("decode.cu", "decode_kernel", defines, shared, device=q.device.index)
     strides = [s for x in (q, k, v, q_far, k_far, gate, out) for s in x.stride()[:2]]
     kernel(
-        (state.position.numel(), 1, 1), (launch.threads, 1, 1),
+        (splits, groups, q.shape[0]), (launch.threads, 1, 1),
         q, k, v, q_far, k_far, gate, log_decay, out, state.total, state.norm, state.keys, state.values,
-        state.ring_far, state.ring_kind, state.position, state.offset, *strides, groups, splits,
+        state.ring_far, state.ring_kind, state.position, state.offset, *strides,
         scaling * math.log2(math.e),
     )  # fmt: skip
     return kernel

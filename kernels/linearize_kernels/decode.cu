@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
     const ELEMENT* q, const ELEMENT* k, const ELEMENT* v, const Q_FAR* q_far, const K_FAR* k_far, const GATE* gate,
     const float* log_decay, OUT* out, SUM* total, float* norm, ELEMENT* keys, ELEMENT* values, RING_FAR* ring_far,
     signed char* ring_kind, int* position, const int* offset, int q_b, int q_h, int k_b, int k_h, int v_b, int v_h,
-    int qf_b, int qf_h, int kf_b, int kf_h, int g_b, int g_h, int o_b, int o_h, int groups, int splits, float scale) {
+    int qf_b, int qf_h, int kf_b, int kf_h, int g_b, int g_h, int o_b, int o_h, float scale) {
     DYNAMIC_SHARED(memory);
     __shared__ Inputs in;
     __shared__ __align__(16) float features[FEATURES][PAD];
@@ -79,8 +79,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
     __shared__ float norms[FEATURES], far_factor[PAD];
     __shared__ signed char sort[ROWS];
     const int t = threadIdx.x, warp = t / 32, lane = t % 32;
-    const size_t own = blockIdx.x, bg = own / splits, b = bg / groups;  // own: this block's counter and normaliser
-    const int split = own % splits, g = bg % groups;
+    const int split = blockIdx.x, g = blockIdx.y;
+    const size_t b = blockIdx.z, bg = b * gridDim.y + g;
+    const size_t own = bg * gridDim.x + split;  // this block's counter and normaliser
     const int part = t / LANES, column = split * COLUMNS + t % LANES * 4;
     const bool works = part < PARTS && column < VALUE_DIM;
     total += bg * FEATURES * VALUE_DIM;
@@ -189,6 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
     }
 
     // One softmax in base 2 a head; the sum joins it with the gate for a score. Other warps go on to the sum.
+#pragma unroll 1
     for (int h = WARPS - 1 - warp; h < PAD; h += WARPS) {
         constexpr int EACH = (ROWS + 32) / 32;
         float score[EACH], top = norms[FEATURES - 1] > 0 && h < HEADS ? in.gate[h] : NEVER, denominator = 0, far = 0;
@@ -202,15 +204,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
             }
             top = warp_max(top);  // the token sees itself, so it is finite
             for (int f = lane; f < FEATURES; f += 32) far += features[f][h] * norms[f];
-            far *= exp2f(sum_score - top);
+            far *= exp2_fast(sum_score - top);
 #pragma unroll
-            for (int i = 0; i < EACH; i++) denominator += score[i] = exp2f(score[i] - top);
-            denominator = 1.f / warp_sum(denominator + far);
+            for (int i = 0; i < EACH; i++) denominator += score[i] = exp2_fast(score[i] - top);
+            denominator = __fdividef(1.f, warp_sum(denominator + far));
         }
 #pragma unroll
         for (int i = 0; i < EACH; i++)
             if (lane + 32 * i <= ROWS) scores[lane + 32 * i][h] = h < HEADS ? score[i] * denominator : 0.f;
-        if (lane == 0) far_factor[h] = h < HEADS ? exp2f(sum_score - top) * denominator : 0.f;
+        if (lane == 0) far_factor[h] = h < HEADS ? exp2_fast(sum_score - top) * denominator : 0.f;
     }
 
     float4 acc[PAD];
