@@ -1,0 +1,77 @@
+"""The CUDA prefill against the float64 reference: output and state, over lengths, heads, sinks, segments, gates.
+
+Without a GPU the same source runs in an emulator (cuda_on_cpu.h), in both orders of threads.
+"""
+
+import functools
+
+import cuda_emulator
+import pytest
+import torch
+
+from linearize_kernels import attention_quadratic, cuda, cuda_prefill
+
+CASES = {
+    **{f"length {t}": {"length": t} for t in (1, 5, 63, 64, 65, 127, 128, 200)},
+    "groups": {"length": 140, "heads": 3, "groups": 1},
+    "no sinks": {"length": 192, "sinks": 0},
+    "16 sinks": {"length": 150, "sinks": 16},
+    "logits to 60": {"length": 150, "large": 4.0},
+    "large gates": {"length": 200, "gate": 60.0},
+    "small gates": {"length": 200, "gate": -60.0},
+    "no far term": {"length": 200, "gate": -torch.inf},
+    "segments": {"length": 500, "batch": 2, "segments": 3, "parts": 1},
+    "sums of parts": {"length": 400, "segments": 2, "parts": 2, "sinks": 3},
+    "views of padded rows": {"length": 100, "extra": 8},
+}
+
+
+def make(length=90, batch=1, heads=1, groups=1, sinks=4, large=1.0, gate=None, extra=0, device="cpu", seed=0):
+    """Random inputs in a model's layout: heads side by side in memory, `extra` more numbers between them."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(count, size):
+        x = torch.randn(batch, length, count, size + extra, generator=generator, device=device).bfloat16()
+        return x[..., :size].transpose(1, 2)
+
+    inputs = dict(
+        q=draw(heads, 64) * large, k=draw(groups, 64) * large, v=draw(groups, 64), q_far=draw(heads, 16) * 0.5,
+        k_far=draw(groups, 16) * 0.5, gate=draw(heads, 1)[..., 0].float(),
+    )  # fmt: skip
+    if extra:
+        inputs["q"], inputs["k"] = draw(heads, 64), draw(groups, 64)
+    if gate is not None:
+        inputs["gate"] = inputs["gate"] + gate
+    return inputs, dict(scaling=64**-0.5, window=64, sinks=sinks)
+
+
+def relative(got, expected):
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+def check(device, *, segments=None, parts=1, **case):
+    inputs, options = make(**case, device=device)
+    assert cuda_prefill.why_not(**inputs, **options) == ""
+    expected, last = attention_quadratic(**{n: x.double() for n, x in inputs.items()}, **options, return_state=True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    try:
+        out, state = cuda_prefill.attention_prefill_cuda(**inputs, **options, segments=segments, parts=parts)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert out.isfinite().all()
+    assert relative(out, expected) < 5e-3
+    if last.total.norm() > 0:
+        assert relative(state.total, last.total) < 5e-3
+        assert relative(state.total[..., -1], last.total[..., -1]) < 1e-5  # the normaliser is not rounded
+    else:
+        assert not state.total.any()
+    for name in ("sink_k", "sink_v", "ring_k", "ring_v", "ring_far", "ring_valid", "length"):
+        torch.testing.assert_close(getattr(state, name), getattr(last, name).to(getattr(state, name).dtype), msg=name)
+
+
+@pytest.mark.skipif(bool(cuda_emulator.WHY_NOT), reason=cuda_emulator.WHY_NOT)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("name", CASES)
+def test_emulated(name, reverse, monkeypatch):
+    monkeypatch.setattr(cuda, "kernel", functools.partial(cuda_emulator.kernel, reverse=reverse))
+    check("cpu", **CASES[name])
