@@ -1,0 +1,151 @@
+"""CUDA C++ kernels, compiled on first use by NVRTC, which torch brings along: no toolkit is needed.
+
+`kernel(...)` gives a kernel compiled for the current device, which is launched on torch's current stream and can
+be captured in a CUDA graph. A source stands beside this file; it includes nothing but files beside it.
+"""
+
+import ctypes
+import functools
+import re
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+OLDEST = (8, 0)  # compute capability: cp.async and bfloat16 products
+_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
+
+
+class CudaError(RuntimeError):
+    """A call of NVRTC or of the driver failed; the message says which, and shows the compiler's log."""
+
+
+@functools.cache
+def why_not(device: torch.device | str) -> str:
+    """Why CUDA kernels cannot be compiled for a device; empty where they can."""
+    device = torch.device(device)
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"the tensors are on {device.type}; CUDA needs an NVIDIA GPU"
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    try:
+        from cuda.bindings import driver, nvrtc  # noqa: F401
+    except ImportError:
+        return "cuda.bindings is not installed (it comes with torch for CUDA 13: pip install cuda-bindings)"
+    try:
+        arch, newest = _arch_number(device), max(_checked("nvrtc", "nvrtcGetSupportedArchs")[1])
+    except RuntimeError as error:  # its library is not found, or too old
+        return f"NVRTC: {error}"
+    return "" if arch <= newest else f"NVRTC compiles up to sm_{newest}, and the GPU is sm_{arch}"
+
+
+def kernel(file: str, name: str, defines: dict | None = None, shared_bytes: int = 0) -> "Kernel":
+    """The kernel `name` of a source, compiled and loaded for the current device on the first call.
+
+    defines: what the preprocessor shall know. shared_bytes: dynamic shared memory of a block.
+    Raises CudaError where it does not compile, and while a graph is captured if it is not compiled yet.
+    """
+    return _kernel(file, name, tuple(sorted((defines or {}).items())), shared_bytes, torch.cuda.current_device())
+
+
+@functools.cache
+def _kernel(file, name, defines, shared_bytes, device):
+    if torch.cuda.is_current_stream_capturing():
+        raise CudaError(f"{file}: {name} is not compiled yet, and a graph is captured: call it once before")
+    return Kernel(file, name, dict(defines), shared_bytes, torch.device("cuda", device))
+
+
+class Kernel:
+    """A compiled kernel on one device. registers: of a thread; spills: bytes of a thread's local memory."""
+
+    def __init__(self, file: str, name: str, defines: dict, shared_bytes: int, device: torch.device):
+        from cuda.bindings import driver
+
+        torch.zeros(1, device=device)  # the device's context is there, and current
+        self.launch, self.push, self.pop = driver.cuLaunchKernel, driver.cuCtxPushCurrent, driver.cuCtxPopCurrent
+        self.name, self.shared_bytes, self.device = f"{file}: {name}", shared_bytes, device
+        self.get_context, self.context = driver.cuCtxGetCurrent, _checked("driver", "cuCtxGetCurrent")
+        self.module = _checked("driver", "cuModuleLoadData", compiled(file, defines, _arch(device)))
+        self.function = _checked("driver", "cuModuleGetFunction", self.module, name.encode())
+        attributes = driver.CUfunction_attribute
+        largest = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked("driver", "cuFuncSetAttribute", self.function, largest, shared_bytes)
+        self.registers, self.spills = (
+            _checked("driver", "cuFuncGetAttribute", attribute, self.function)
+            for attribute in (attributes.CU_FUNC_ATTRIBUTE_NUM_REGS, attributes.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)
+        )
+
+    def __call__(self, grid, block, *args) -> None:
+        """Launches on the device's current stream. grid, block: (x, y, z); args as `pack` takes them."""
+        values, pointers = pack(args)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        elsewhere = int(self.get_context()[1]) != int(self.context)  # a new thread, or another device is current
+        if elsewhere:
+            self.push(self.context)
+        (code,) = self.launch(
+            self.function, *grid, *block, self.shared_bytes, stream, ctypes.addressof(pointers), 0
+        )
+        if elsewhere:
+            self.pop()
+        if code:
+            raise CudaError(f"{self.name}: cuLaunchKernel: {code.name}")
+
+
+def pack(args) -> tuple[list, ctypes.Array]:
+    """(values, pointers to them): tensors as addresses, None as 0, int (and bool) as int32, float as float32."""
+    values = []
+    for x in args:
+        if isinstance(x, torch.Tensor):
+            values.append(ctypes.c_void_p(x.data_ptr()))
+        elif isinstance(x, float):
+            values.append(ctypes.c_float(x))
+        elif isinstance(x, int):
+            assert -(2**31) <= x < 2**31, f"{x} is no int32"
+            values.append(ctypes.c_int32(x))
+        else:
+            assert x is None, f"a kernel's argument of type {type(x).__name__}"
+            values.append(ctypes.c_void_p())
+    return values, (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+
+
+def source(file: str) -> str:
+    """The text of a source, with the files that it includes in their place."""
+    text = (HERE / file).read_text(encoding="utf-8")
+    return _INCLUDE.sub(lambda found: source(found[1]), text)
+
+
+def compiled(file: str, defines: dict, arch: str) -> bytes:
+    """Machine code of a source for an architecture such as "sm_90a"; needs no GPU. Raises CudaError with the log."""
+    from cuda.bindings import nvrtc
+
+    program = _checked("nvrtc", "nvrtcCreateProgram", source(file).encode(), file.encode(), 0, [], [])
+    options = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{name}={value}" for name, value in defines.items())]
+    (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if code:
+        log = bytearray(_checked("nvrtc", "nvrtcGetProgramLogSize", program))
+        _checked("nvrtc", "nvrtcGetProgramLog", program, log)
+        raise CudaError(f"{file} does not compile with {' '.join(options)}: {log.decode(errors='replace')}")
+    cubin = bytearray(_checked("nvrtc", "nvrtcGetCUBINSize", program))
+    _checked("nvrtc", "nvrtcGetCUBIN", program, cubin)
+    _checked("nvrtc", "nvrtcDestroyProgram", program)
+    return bytes(cubin)
+
+
+def _arch_number(device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _arch(device) -> str:
+    number = _arch_number(device)
+    return f"sm_{number}" + ("a" if number >= 90 else "")
+
+
+def _checked(library: str, function: str, *args):
+    """What a call gives: nothing, a value or a tuple. Raises CudaError where it fails."""
+    from cuda.bindings import driver, nvrtc
+
+    code, *results = getattr({"driver": driver, "nvrtc": nvrtc}[library], function)(*args)
+    if code:
+        raise CudaError(f"{function}: {code.name}")
+    return results[0] if len(results) == 1 else tuple(results) or None
