@@ -9,7 +9,7 @@ import cuda_emulator
 import pytest
 import torch
 
-from linearize_kernels import attention_quadratic, cuda, cuda_prefill
+from linearize_kernels import attention, attention_quadratic, cuda, cuda_prefill
 
 CASES = {
     **{f"length {t}": {"length": t} for t in (1, 5, 63, 64, 65, 127, 128, 200)},
@@ -75,3 +75,54 @@ def check(device, *, segments=None, parts=1, **case):
 def test_emulated(name, reverse, monkeypatch):
     monkeypatch.setattr(cuda, "kernel", functools.partial(cuda_emulator.kernel, reverse=reverse))
     check("cpu", **CASES[name])
+
+
+REFUSED = {
+    "float32": (dict(q=lambda x: x.float()), {}, "bfloat16"),
+    "window": ({}, {"window": 32}, "window 32"),
+    "sinks": ({}, {"sinks": 17}, "17 sinks"),
+    "padding": ({}, {"valid": torch.ones(1, 90, dtype=torch.bool)}, "valid"),
+    "decay": ({}, {"log_decay": torch.zeros(1)}, "log_decay"),
+    "head dim": (dict(v=lambda x: x[..., :32]), {}, "head dims"),
+    "far heads": (dict(k_far=lambda x: x.expand(-1, 2, -1, -1)), {}, "far heads"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses(name):
+    inputs, options = make(heads=2)
+    changes, more, reason = REFUSED[name]
+    inputs.update({key: change(inputs[key]) for key, change in changes.items()})
+    assert reason in cuda_prefill.why_not(**inputs, **{**options, **more})
+
+
+def test_forced_where_it_cannot_run():
+    inputs, options = make()
+    with pytest.raises(RuntimeError, match="asked to run in cuda.* CUDA needs an NVIDIA GPU"):
+        attention(**inputs, **options, return_state=True, implementation="cuda")
+
+
+GPU_CASES = {
+    **CASES,
+    "segments found": {"length": 4096, "batch": 2},
+    "many segments": {"length": 3000, "segments": 11, "parts": 3},
+    "all heads": {"length": 1000, "batch": 3, "heads": 32, "groups": 32},
+    "8 heads, 2 groups": {"length": 1500, "batch": 2, "heads": 8, "groups": 2},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_on_gpu(name):
+    assert cuda_prefill.why_not_device(torch.device("cuda")) == ""
+    check("cuda", **GPU_CASES[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_dispatch_takes_it():
+    inputs, options = make(length=300, device="cuda")
+    expected, last = attention(**inputs, **options, return_state=True, implementation="cuda")
+    out, state = attention(**inputs, **options, return_state=True)
+    assert torch.equal(out, expected) and torch.equal(state.total, last.total)
