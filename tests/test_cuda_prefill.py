@@ -22,11 +22,14 @@ CASES = {
     "no far term": {"length": 200, "gate": -torch.inf},
     "segments": {"length": 500, "batch": 2, "segments": 3, "parts": 1},
     "sums of parts": {"length": 400, "segments": 2, "parts": 2, "sinks": 3},
+    **{f"head dim 128, length {t}": {"length": t, "size": 128} for t in (65, 192, 200)},
+    "head dim 128, groups": {"length": 140, "size": 128, "heads": 3, "groups": 1, "sinks": 9},
+    "head dim 128, segments": {"length": 330, "size": 128, "segments": 3, "parts": 1, "sinks": 0},
     "views of padded rows": {"length": 100, "extra": 8},
 }
 
 
-def make(length=90, batch=1, heads=1, groups=1, sinks=4, large=1.0, gate=None, extra=0, device="cpu", seed=0):
+def make(length=90, batch=1, heads=1, groups=1, size=64, sinks=4, large=1.0, gate=None, extra=0, device="cpu", seed=0):
     """Random inputs in a model's layout: heads side by side in memory, `extra` more numbers between them."""
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -35,14 +38,14 @@ def make(length=90, batch=1, heads=1, groups=1, sinks=4, large=1.0, gate=None, e
         return x[..., :size].transpose(1, 2)
 
     inputs = dict(
-        q=draw(heads, 64) * large, k=draw(groups, 64) * large, v=draw(groups, 64), q_far=draw(heads, 16) * 0.5,
+        q=draw(heads, size) * large, k=draw(groups, size) * large, v=draw(groups, size), q_far=draw(heads, 16) * 0.5,
         k_far=draw(groups, 16) * 0.5, gate=draw(heads, 1)[..., 0].float(),
     )  # fmt: skip
     if extra:
-        inputs["q"], inputs["k"] = draw(heads, 64), draw(groups, 64)
+        inputs["q"], inputs["k"] = draw(heads, size), draw(groups, size)
     if gate is not None:
         inputs["gate"] = inputs["gate"] + gate
-    return inputs, dict(scaling=64**-0.5, window=64, sinks=sinks)
+    return inputs, dict(scaling=size**-0.5, window=64, sinks=sinks)
 
 
 def relative(got, expected):
@@ -108,6 +111,8 @@ GPU_CASES = {
     "many segments": {"length": 3000, "segments": 11, "parts": 3},
     "all heads": {"length": 1000, "batch": 3, "heads": 32, "groups": 32},
     "8 heads, 2 groups": {"length": 1500, "batch": 2, "heads": 8, "groups": 2},
+    "8 heads, 2 groups of 128": {"length": 1500, "batch": 2, "heads": 8, "groups": 2, "size": 128},
+    "all heads of 128": {"length": 1000, "batch": 2, "heads": 32, "groups": 8, "size": 128},
 }
 
 
@@ -115,7 +120,7 @@ GPU_CASES = {
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_on_gpu(name):
-    assert cuda_prefill.why_not_device(torch.device("cuda")) == ""
+    assert cuda_prefill.why_not_device(torch.device("cuda"), 128) == ""
     check("cuda", **GPU_CASES[name])
 
 

@@ -63,7 +63,7 @@ def _hybrid(label, role, function, operation, s, *, tolerance=5e-3) -> Candidate
 
 
 def _ours(operation: str, s: Shape) -> list[Candidate]:
-    from .cuda_prefill import HEAD_DIM, attention_prefill_cuda
+    from .cuda_prefill import SHARED_BYTES, attention_prefill_cuda
     from .prefill import attention_prefill
     from .training import attention_training
 
@@ -75,7 +75,7 @@ def _ours(operation: str, s: Shape) -> list[Candidate]:
     if operation != "prefill":
         return [ours("linearize training", lambda *x: attention_training(*x, **options))]
     found = [ours("linearize prefill", lambda *x: attention_prefill(*x, **options)[0])]
-    if s.D == HEAD_DIM:
+    if s.D in SHARED_BYTES:
         found.append(ours("linearize prefill, CUDA", lambda *x: attention_prefill_cuda(*x, **options)[0]))
     return found
 

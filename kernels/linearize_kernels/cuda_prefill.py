@@ -10,10 +10,8 @@ import torch
 from . import cuda
 from .state import State
 
-CHUNK, HEAD_DIM, MAP_DIM, NUM_FEATURES, MOST_SINKS = 64, 64, 16, 153, 16  # as in prefill.cu
-SHARED_BYTES, SUMS_SHARED_BYTES = 111680, 29760
-SUM_FLOATS = 10 * 16 * 64 + 16 * 16 + 16  # what prefill_sums_kernel leaves of one span
-BLOCKS = 2  # that share a multiprocessor
+CHUNK, MAP_DIM, NUM_FEATURES, MOST_SINKS = 64, 16, 153, 16  # as in prefill.cu
+SHARED_BYTES, SUMS_SHARED_BYTES = {64: 111680, 128: 223296}, {64: 29760, 128: 46144}  # by head dim, as there
 PARTS = 2  # sums of one segment
 SHORTEST = 8  # chunks of a segment
 
@@ -24,25 +22,25 @@ def attention_prefill_cuda(q, k, v, q_far, k_far, gate, *, scaling, window, sink
     segments: so many programs share a text, each after a sum over what precedes it; None: enough to fill the GPU.
     Arguments must be such that `why_not` finds nothing.
     """
-    batch, heads, length, _ = q.shape
+    batch, heads, length, size = q.shape
     groups, chunks = k.shape[1], -(-length // CHUNK)
     q, k, v, q_far, mapped = (_aligned(x.to(q.dtype)) for x in (q, k, v, q_far, k_far))
     gate = gate.float()
-    segments = choose_segments(batch * heads, chunks, q.device) if segments is None else segments
+    segments = choose_segments(batch * heads, chunks, size, q.device) if segments is None else segments
     span = -(-chunks // (segments * parts)) * parts
     segments = -(-chunks // span)
     out = _like(q)
-    total = q.new_empty(batch, groups, NUM_FEATURES, HEAD_DIM + 1, dtype=torch.float32)
+    total = q.new_empty(batch, groups, NUM_FEATURES, size + 1, dtype=torch.float32)
     sums = total
     if segments > 1:
         number = (segments - 1) * parts
-        sums = q.new_empty(batch * groups, number, SUM_FLOATS, dtype=torch.float32)
-        _kernel("prefill_sums_kernel", sinks)(
-            (batch * groups, number, 1), (128, 1, 1), v, mapped, sums, *_strides(v, mapped),
+        sums = q.new_empty(batch * groups, number, 160 * size + 272, dtype=torch.float32)
+        _kernel("prefill_sums_kernel", size, sinks)(
+            (batch * groups, number, 1), (2 * size, 1, 1), v, mapped, sums, *_strides(v, mapped),
             length, groups, sinks, span // parts,
         )  # fmt: skip
-    _kernel("prefill_kernel", sinks)(
-        (batch * heads, segments, 1), (256, 1, 1), q, k, v, q_far, mapped, gate, out, total, sums,
+    _kernel("prefill_kernel", size, sinks)(
+        (batch * heads, segments, 1), (4 * size, 1, 1), q, k, v, q_far, mapped, gate, out, total, sums,
         *_strides(q, k, v, q_far, mapped, gate, out),
         length, heads, heads // groups, sinks, span, parts, scaling * math.log2(math.e),
     )  # fmt: skip
@@ -59,7 +57,9 @@ def why_not(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_map=
         f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: bfloat16 for all": (
             q.dtype == k.dtype == v.dtype == torch.bfloat16
         ),
-        f"head dims {q.shape[-1]} and {v.shape[-1]}: 64": q.shape[-1] == v.shape[-1] == HEAD_DIM,
+        f"head dims {q.shape[-1]} and {v.shape[-1]}: 64 or 128, both alike": (
+            q.shape[-1] == v.shape[-1] and q.shape[-1] in SHARED_BYTES
+        ),
         f"map dim {q_far.shape[-1]}: 16": q_far.shape[-1] == MAP_DIM,
         f"window {window}: 64": window == CHUNK,
         f"{sinks} sinks: up to {MOST_SINKS}": sinks <= MOST_SINKS,
@@ -76,24 +76,25 @@ def why_not(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_map=
     return next((reason for reason, fine in checks.items() if not fine), "")
 
 
-def why_not_device(device) -> str:
-    """Why a device cannot run this kernel; empty where it can."""
+def why_not_device(device, head_dim: int) -> str:
+    """Why a device cannot run this kernel for a head dim; empty where it can."""
     reason = cuda.why_not(device)
     if reason:
         return reason
     available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return "" if available >= SHARED_BYTES else f"{available} bytes of shared memory a block: {SHARED_BYTES} are needed"
+    needed = SHARED_BYTES[head_dim]
+    return "" if available >= needed else f"{available} bytes of shared memory a block: {needed} are needed"
 
 
-def choose_segments(programs: int, chunks: int, device) -> int:
+def choose_segments(programs: int, chunks: int, head_dim: int, device) -> int:
     """Into how many segments each of `programs` texts and heads goes, so that the GPU is full."""
-    slots = BLOCKS * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1)
-    return max(1, min(slots // programs, chunks // SHORTEST))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return max(1, min(processors * 128 // head_dim // programs, chunks // SHORTEST))
 
 
-def _kernel(name: str, sinks: int):
-    shared = SHARED_BYTES if name == "prefill_kernel" else SUMS_SHARED_BYTES
-    return cuda.kernel("prefill.cu", name, {"SINKS": -(-sinks // 8) * 8}, shared)
+def _kernel(name: str, head_dim: int, sinks: int):
+    shared = (SHARED_BYTES if name == "prefill_kernel" else SUMS_SHARED_BYTES)[head_dim]
+    return cuda.kernel("prefill.cu", name, {"HEAD_DIM": head_dim, "SINKS": -(-sinks // 8) * 8}, shared)
 
 
 def _aligned(x):

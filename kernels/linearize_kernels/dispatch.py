@@ -120,7 +120,9 @@ def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
         return Verdict(False, "the CUDA kernels are for prefill and decoding")
     if _needs_grad([q, k, v, q_far, k_far, gate]):
         return Verdict(False, "no gradients through a state in CUDA")
-    reason = cuda_prefill.why_not(q, k, v, q_far, k_far, gate, **options) or cuda_prefill.why_not_device(q.device)
+    reason = cuda_prefill.why_not(q, k, v, q_far, k_far, gate, **options) or cuda_prefill.why_not_device(
+        q.device, q.shape[-1]
+    )
     if reason:
         return Verdict(False, reason)
     error, allowed = self_test(

@@ -1,13 +1,15 @@
-// The four warps of prefill.cu that attend, 16 rows of a chunk each.
+// The warps of prefill.cu that attend: 16 rows of a chunk and 64 columns of values each.
 #pragma once
 
-// acc [16 rows, 64] = features(q_far) · S, and this lane's part of q·Σx + ½ q·(Σ x xᵀ) q for rows g and g + 8.
-__device__ __forceinline__ void read_sum(float (&acc)[8][4], float (&norm)[2], const unsigned char* shared, int row, int lane) {
+// acc [16 rows, 64 values] = features(q_far) · S, and this lane's part of q·Σx + ½ q·(Σ x xᵀ) q for rows g and g + 8.
+// q_far: the first row. half_sum: place of S for these values.
+__device__ __forceinline__ void read_sum(float (&acc)[8][4], float (&norm)[2], const unsigned char* shared, const unsigned char* q_far,
+                                         unsigned half_sum, int lane) {
     int g = lane >> 2, t = lane & 3;
     unsigned x[2][8];  // rows g and g + 8 as pairs of entries, from pair t on, turning around
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const unsigned char* at = shared + Q_FAR_AT + (row + g + 8 * r) * Q_FAR_ROW + t * 4;
+        const unsigned char* at = q_far + (g + 8 * r) * Q_FAR_ROW + t * 4;
 #pragma unroll
         for (int m = 0; m < 8; m++) x[r][m] = *reinterpret_cast<const unsigned*>(at + 4 * m);
     }
@@ -25,7 +27,7 @@ __device__ __forceinline__ void read_sum(float (&acc)[8][4], float (&norm)[2], c
         }
 #pragma unroll
         for (int pair = 0; pair < 4; pair++) {
-            uint4 b = *reinterpret_cast<const uint4*>(shared + SUM_AT + ((s * 4 + pair) * 32 + lane) * 16);
+            uint4 b = *reinterpret_cast<const uint4*>(shared + half_sum + ((s * 4 + pair) * 32 + lane) * 16);
             multiply_add(acc[2 * pair], a, b.x, b.z);
             multiply_add(acc[2 * pair + 1], a, b.y, b.w);
         }
@@ -74,22 +76,22 @@ __device__ __forceinline__ void find_tiles(Tiles& tiles, int before, int block) 
 }
 
 // q kᵀ with five tiles of keys and with the sinks.
-__device__ __forceinline__ void exact_scores(Scores (&scores)[5], Scores& sink, const unsigned char* shared, const Tiles& tiles,
-                                             int block, int lane) {
+__device__ __forceinline__ void exact_scores(Scores (&scores)[5], Scores& sink, const unsigned char* shared,
+                                             const unsigned char* q_tile, const Tiles& tiles, int block, int lane) {
     int key = (lane & 7) + (lane >> 4) * 8, piece = lane >> 3 & 1;
-    unsigned q_place = Q_AT + tile_place(16 * block + (lane & 15), lane >> 4);
+    unsigned q_place = tile_place(16 * block + (lane & 15), lane >> 4);
     unsigned k_place = tile_place(key, piece), k_turn = block % 2 * 64;  // every other tile is turned by four pieces
 #pragma unroll
-    for (int step = 0; step < DIM / 16; step++) {
-        unsigned a[4], b[4];
-        load_matrices(a, shared + (q_place ^ (step << 5)));
+    for (int step = 0; step < HEAD_DIM / 16; step++) {
+        unsigned a[4], b[4], half = step / 4, turn = step % 4 << 5;
+        load_matrices(a, q_tile + half * TILE + (q_place ^ turn));
 #pragma unroll
         for (int n = 0; n < 5; n++) {
-            load_matrices(b, shared + K_AT + tiles[n] + (k_place ^ k_turn ^ (n % 2 * 64) ^ (step << 5)));
+            load_matrices(b, shared + K_AT + half * RING + tiles[n] + (k_place ^ k_turn ^ (n % 2 * 64) ^ turn));
             multiply_add_pair(scores[n], a, b);
         }
         if (SINKS) {
-            load_matrices(b, shared + SINK_K_AT + (k_place ^ (step << 5)));
+            load_matrices(b, shared + SINK_K_AT + half * SINK_TILE + (k_place ^ turn));
             if (SINKS > 8) multiply_add_pair(sink, a, b);
             else multiply_add(*reinterpret_cast<float(*)[4]>(&sink[0]), a, b[0], b[1]);
         }
@@ -191,10 +193,9 @@ __device__ __forceinline__ void add_values(float (&acc)[8][4], const unsigned (&
 }
 
 // Rows of out, through shared memory, so that a row is one run of 128 bytes.
-__device__ __forceinline__ void store_rows(bf16* out, int stride, unsigned char* shared, const float (&acc)[8][4],
-                                           const float (&total)[2], int block, int token, int length, int lane) {
+__device__ __forceinline__ void store_rows(bf16* out, int stride, unsigned char* staged, const float (&acc)[8][4],
+                                           const float (&total)[2], int token, int length, int lane) {
     int g = lane >> 2, t = lane & 3;
-    unsigned char* staged = shared + OUT_AT + block * 2048;
     float inverse[2] = {1 / total[0], 1 / total[1]};
 #pragma unroll
     for (int n = 0; n < 8; n++)
@@ -217,7 +218,7 @@ __device__ __forceinline__ void store_rows(bf16* out, int stride, unsigned char*
 __device__ __forceinline__ void attend_pairs(float (&acc)[8][4], float (&total)[2], Scores (&scores)[5], Scores& sink,
                                              const unsigned (&q_far)[4], const float (&gate)[2], const unsigned char* shared,
                                              const unsigned char* far_tile, const Tiles& tiles, int before, int first_key,
-                                             int block, float scale, int lane) {
+                                             int block, int half, float scale, int lane) {
     float shift[2], far_weight[2];
     find_shift(shift, scores, sink, gate, scale);
 #pragma unroll
@@ -227,6 +228,7 @@ __device__ __forceinline__ void attend_pairs(float (&acc)[8][4], float (&total)[
 #pragma unroll
         for (int n = 0; n < 8; n++) acc[n][2 * r] *= far_weight[r], acc[n][2 * r + 1] *= far_weight[r];
     }
+    const unsigned char* values = shared + V_AT + half * RING;
     unsigned turn = block % 2 * 64, weights[4];
 #pragma unroll
     for (int n = 0; n < 5; n++) {
@@ -238,13 +240,13 @@ __device__ __forceinline__ void attend_pairs(float (&acc)[8][4], float (&total)[
             for (int i = 0; i < 8; i++) scores[0][i] += far[i];
         }
         pack_weights(weights, scores[n]);
-        add_values(acc, weights, shared + V_AT + tiles[n], turn ^ (n % 2 * 64), lane);
+        add_values(acc, weights, values + tiles[n], turn ^ (n % 2 * 64), lane);
     }
     if (SINKS) {
         exponentiate(sink, total, shift, scale, SINKS > 8 ? 8 : 4);
         pack_weights(weights, sink);
         if (SINKS == 8) weights[2] = weights[3] = 0;
-        add_values(acc, weights, shared + SINK_V_AT, 0, lane);
+        add_values(acc, weights, shared + SINK_V_AT + half * SINK_TILE, 0, lane);
     }
     if (first_key >= CHUNK) return;  // before the first chunk there is nothing
 #pragma unroll 1
@@ -252,23 +254,29 @@ __device__ __forceinline__ void attend_pairs(float (&acc)[8][4], float (&total)[
         Scores far;
         far_weights(far, total, q_far, far_tile + 16 * tile * FAR_ROW, far_weight, first_key - 16 * tile, false, lane);
         pack_weights(weights, far);
-        add_values(acc, weights, shared + V_AT + before * TILE + tile * 2048, tile % 2 * 64, lane);
+        add_values(acc, weights, values + before * TILE + tile * 2048, tile % 2 * 64, lane);
     }
 }
 
-// The role of four warps: 16 rows of every chunk. block: which 16.
+// The role of half the warps: rows 16 block … of every chunk, columns 64 half … of the values.
 __device__ __forceinline__ void attend(unsigned char* shared, Rows q, Rows q_far, const float* gate, int gate_stride, bf16* out,
                                        int out_stride, int first, int last, int length, int sinks, float scale, int block,
-                                       int lane) {
+                                       int half, int lane) {
     int row = 16 * block, g = lane >> 2, t = lane & 3;
-    copy_queries(shared, q, row, first * CHUNK + row, length, lane);
-    copy_far_queries(shared, q_far, row, first * CHUNK + row, length, lane);
+    unsigned char *far_rows = shared + Q_FAR_AT + (CHUNK * half + row) * Q_FAR_ROW, *staged = shared + OUT_AT + half * TILE + row * 128;
+    auto q_tile = [&](int c) { return shared + Q_AT + (HALVES > 1 ? c % 2 * HALVES : 0) * TILE; };
+    auto load_queries = [&](int c) {
+        Rows columns = {q.at + 64 * half, q.stride};
+        copy_queries(q_tile(c) + half * TILE, columns, row, c * CHUNK + row, length, lane);
+    };
+    load_queries(first);
+    copy_far_queries(far_rows, q_far, 0, first * CHUNK + row, length, lane);
     wait_for_copies();
     meet();
     int before = 0;  // place of chunk c - 1 in the rings
 #pragma unroll 1
     for (int c = first; c <= last; c++) {
-        int token = c * CHUNK + row, next = token + CHUNK;
+        int token = c * CHUNK + row;
         float acc[8][4] = {}, total[2] = {}, far_gate[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -278,30 +286,31 @@ __device__ __forceinline__ void attend(unsigned char* shared, Rows q, Rows q_far
         }
         wait_for_copies();
         meet();  // A
+        if (HALVES > 1 && c < last) load_queries(c + 1);
         unsigned x[4];
-        load_matrices(x, shared + Q_FAR_AT + (row + (lane & 15)) * Q_FAR_ROW + (lane >> 4) * 16);
+        load_matrices(x, far_rows + (lane & 15) * Q_FAR_ROW + (lane >> 4) * 16);
         if (c > 1) {
-            read_sum(acc, total, shared, row, lane);
+            read_sum(acc, total, shared, far_rows, SUM_AT + half * HALF_SUM, lane);
             if (t == 0) total[0] += (c - 1) * CHUNK - sinks, total[1] += (c - 1) * CHUNK - sinks;
         }
         __syncwarp();
-        if (c < last) copy_far_queries(shared, q_far, row, next, length, lane);
+        if (c < last) copy_far_queries(far_rows, q_far, 0, token + CHUNK, length, lane);
         meet();  // B
         Scores scores[5] = {}, sink = {};
         Tiles tiles;
         find_tiles(tiles, before, block);
-        exact_scores(scores, sink, shared, tiles, block, lane);
+        exact_scores(scores, sink, shared, q_tile(c), tiles, block, lane);
         __syncwarp();
-        if (c < last) copy_queries(shared, q, row, next, length, lane);
+        if (HALVES == 1 && c < last) load_queries(c + 1);
         mask_scores(scores, sink, c, block, sinks, lane);
         attend_pairs(acc, total, scores, sink, x, far_gate, shared, shared + K_FAR_AT + before * FAR_TILE, tiles, before,
-                     sinks - (c - 1) * CHUNK, block, scale, lane);
+                     sinks - (c - 1) * CHUNK, block, half, scale, lane);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             total[r] += __shfl_xor_sync(ALL_LANES, total[r], 1);
             total[r] += __shfl_xor_sync(ALL_LANES, total[r], 2);
         }
-        store_rows(out, out_stride, shared, acc, total, block, token, length, lane);
+        store_rows(out + 64 * half, out_stride, staged, acc, total, token, length, lane);
         before = next_in_ring(before);
     }
 }

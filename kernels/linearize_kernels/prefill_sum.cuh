@@ -1,7 +1,7 @@
-// The four warps of prefill.cu that load ahead and keep S, the sum over all chunks before.
+// The warps of prefill.cu that load ahead and keep S, the sum over all chunks before.
 #pragma once
 
-// S transposed [64 values, 160 features], split over four warps: `half` of the features, `side` of the values.
+// S transposed [values, 160 features], split over warps: `half` of the features, `side` says which 32 values.
 // sum[m][n]: C fragment of values 32 side + 16 m, features 80 half + 8 n.
 typedef float Sum[2][10][4];
 
@@ -22,15 +22,17 @@ __device__ __forceinline__ void load_values(unsigned (&a)[2][2][4], const unsign
 #pragma unroll
     for (int step = 0; step < 2; step++) {
         int token = 32 * part + 8 * ((lane & 7) >> 1) + 4 * step + 2 * (lane >> 4) + (lane & 1);
-        unsigned place = tile_place(token, 4 * side + (lane >> 3 & 1));
+        unsigned place = tile_place(token, 4 * (side & 1) + (lane >> 3 & 1));
 #pragma unroll
         for (int m = 0; m < 2; m++) load_matrices_transposed(a[m][step], v_tile + (place ^ (m << 5)));
     }
 }
 
-// sum += valuesᵀ · features of a chunk.
-__device__ __forceinline__ void fold(Sum& sum, const unsigned char* v_tile, const unsigned char* turned, int warp, int lane) {
+// sum += valuesᵀ · features of a chunk. v_tile: of the first half of the columns; the second is `ring` bytes further.
+__device__ __forceinline__ void fold(Sum& sum, const unsigned char* v_tile, unsigned ring, const unsigned char* turned, int warp,
+                                     int lane) {
     int half = warp & 1, side = warp >> 1, g = lane >> 2;
+    v_tile += (side >> 1) * ring;
 #pragma unroll
     for (int part = 0; part < 2; part++) {  // 32 tokens
         unsigned a[2][2][4];
@@ -56,6 +58,8 @@ __device__ __forceinline__ void fold(Sum& sum, const unsigned char* v_tile, cons
         }
     }
 }
+
+constexpr int GRAM_WARP = 4 * (HALVES - 1);  // the warp that does it
 
 // gram += Σ x xᵀ and Σ x over a chunk; one warp.
 __device__ __forceinline__ void fold_gram(unsigned char* gram, const unsigned char* far_tile, int lane) {
@@ -95,29 +99,29 @@ __device__ __forceinline__ void write_sum(unsigned char* shared, const Sum& sum,
 #pragma unroll
         for (int m = 0; m < 2; m++) {
             const float(&low)[4] = sum[m][2 * s], (&high)[4] = sum[m][2 * s + 1];
-            unsigned place = SUM_AT + (((5 * half + s) * 4 + 2 * side + m) * 32 + lane) * 16;
+            unsigned place = SUM_AT + (side >> 1) * HALF_SUM + (((5 * half + s) * 4 + 2 * (side & 1) + m) * 32 + lane) * 16;
             *reinterpret_cast<uint4*>(shared + place) = make_uint4(
                 pack_bf16(low[0], low[1]), pack_bf16(low[2], low[3]), pack_bf16(high[0], high[1]), pack_bf16(high[2], high[3]));
         }
     }
 }
 
-// The sum of the segments before this one, from global memory; 128 threads.
+// The sum of the segments before this one, from global memory.
 __device__ __forceinline__ void start_sum(Sum& sum, unsigned char* gram, const float* sums, int num_sums, int thread) {
     float* words = &sum[0][0][0];
 #pragma unroll
-    for (int i = 0; i < SUM_FLOATS / 128; i++) words[i] = 0;
+    for (int i = 0; i < SUM_FLOATS / KEEPERS; i++) words[i] = 0;
     float start[3] = {0, 0, 0};
     for (int s = 0; s < num_sums; s++, sums += SUM_FLOATS + GRAM_FLOATS) {
 #pragma unroll
-        for (int i = 0; i < SUM_FLOATS / 128; i++) words[i] += sums[i * 128 + thread];
+        for (int i = 0; i < SUM_FLOATS / KEEPERS; i++) words[i] += sums[i * KEEPERS + thread];
 #pragma unroll
         for (int i = 0; i < 3; i++)
-            if (i * 128 + thread < GRAM_FLOATS) start[i] += sums[SUM_FLOATS + i * 128 + thread];
+            if (i * KEEPERS + thread < GRAM_FLOATS) start[i] += sums[SUM_FLOATS + i * KEEPERS + thread];
     }
 #pragma unroll
     for (int i = 0; i < 3; i++)
-        if (i * 128 + thread < GRAM_FLOATS) reinterpret_cast<float*>(gram)[i * 128 + thread] = start[i];
+        if (i * KEEPERS + thread < GRAM_FLOATS) reinterpret_cast<float*>(gram)[i * KEEPERS + thread] = start[i];
 }
 
 // Row of State.total for the product of entries i and j.
@@ -126,7 +130,7 @@ __device__ __forceinline__ int pair_row(int i, int j) {
     return 1 + MAP + low * MAP - low * (low - 1) / 2 + high - low;
 }
 
-// Puts S and the normaliser into `staged` [153, 65], in the order and with the weights of Taylor.expand.
+// Puts S and the normaliser into `staged` [153, V + 1], in the order and with the weights of Taylor.expand.
 __device__ void stage_total(float* staged, const Sum& sum, const float* gram, int num_keys, int warp, int lane) {
     const float root_half = 0.70710678118654752f;
     int half = warp & 1, side = warp >> 1, g = lane >> 2, t = lane & 3;
@@ -141,30 +145,33 @@ __device__ void stage_total(float* staged, const Sum& sum, const float* gram, in
             float weight = step == 0 ? root_half : 1;
 #pragma unroll
             for (int m = 0; m < 2; m++) {
-                float* at = staged + row * (DIM + 1) + 32 * side + 16 * m + g;
+                float* at = staged + row * (HEAD_DIM + 1) + 32 * side + 16 * m + g;
                 at[0] = sum[m][n][e] * weight;
                 at[8] = sum[m][n][2 + e] * weight;
             }
         }
     }
-    for (int word = 32 * warp + lane; word < MAP * MAP; word += 128) {
+    for (int word = 32 * warp + lane; word < MAP * MAP; word += KEEPERS) {
         int of = word / 4 % 32, i = of / 4 + (word & 2) * 4, j = 2 * (of % 4) + (word & 1) + word / 128 * 8;
-        if (i <= j) staged[pair_row(i, j) * (DIM + 1) + DIM] = gram[word] * (i == j ? root_half : 1);
+        if (i <= j) staged[pair_row(i, j) * (HEAD_DIM + 1) + HEAD_DIM] = gram[word] * (i == j ? root_half : 1);
     }
-    if (warp == 0 && lane < MAP) staged[(1 + lane) * (DIM + 1) + DIM] = gram[MAP * MAP + lane];
-    if (warp == 1 && lane == 0) staged[DIM] = float(num_keys);
+    if (warp == 0 && lane < MAP) staged[(1 + lane) * (HEAD_DIM + 1) + HEAD_DIM] = gram[MAP * MAP + lane];
+    if (warp == 1 && lane == 0) staged[HEAD_DIM] = float(num_keys);
 }
 
 // Zeros for rows of a chunk's values and mapped keys that are not to be folded.
 __device__ __forceinline__ void clear_from(unsigned char* v_tile, unsigned char* far_tile, int first_row, int thread) {
-    for (int n = thread; n < CHUNK * 8; n += 128)
-        if (n / 8 >= first_row) *reinterpret_cast<uint4*>(v_tile + n / 8 * 128 + n % 8 * 16) = make_uint4(0, 0, 0, 0);
-    for (int n = thread; n < CHUNK * 2; n += 128)
+    for (int n = thread; n < HALVES * CHUNK * 8; n += KEEPERS) {
+        int row = n / 8 % CHUNK;
+        unsigned char* at = v_tile + n / (8 * CHUNK) * RING + row * 128 + n % 8 * 16;
+        if (row >= first_row) *reinterpret_cast<uint4*>(at) = make_uint4(0, 0, 0, 0);
+    }
+    for (int n = thread; n < CHUNK * 2; n += KEEPERS)
         if (n / 2 >= first_row)
             *reinterpret_cast<uint4*>(far_tile + n / 2 * FAR_ROW + n % 2 * 16) = make_uint4(0, 0, 0, 0);
 }
 
-// After the last chunk: folds what has left the window of the next token, and writes State.total [153, 65]. before, now:
+// After the last chunk: folds what has left the window of the next token, and writes State.total [153, V + 1]. before, now:
 // places of the last two chunks in the rings.
 constexpr int FINAL_MEETINGS = 6;
 __device__ __forceinline__ void write_total(float* total, Sum& sum, unsigned char* shared, int last, int before, int now, int end,
@@ -179,54 +186,54 @@ __device__ __forceinline__ void write_total(float* total, Sum& sum, unsigned cha
 #pragma unroll 1
     for (int again = 0; again < 2; again++) {
         if (again ? rest > 0 : last > 0) {
-            fold(sum, again ? v_now : v_before, shared + TURNED_AT, warp, lane);
+            fold(sum, again ? v_now : v_before, RING, shared + TURNED_AT, warp, lane);
             if (warp == 0) fold_gram(shared + GRAM_AT, again ? far_now : far_before, lane);
         }
         meet();
         if (!again) {
-            turn_keys(shared + TURNED_AT, far_now, warp, lane);
+            if (warp < 4) turn_keys(shared + TURNED_AT, far_now, warp, lane);
             meet();
         }
     }
     float* staged = reinterpret_cast<float*>(shared);
     stage_total(staged, sum, reinterpret_cast<float*>(shared + GRAM_AT), max(end - sinks, 0), warp, lane);
     meet();
-    for (int i = thread; i < NUM_FEATURES * (DIM + 1); i += 128) total[i] = staged[i];
+    for (int i = thread; i < NUM_FEATURES * (HEAD_DIM + 1); i += KEEPERS) total[i] = staged[i];
 }
 
-// The role of four warps: loads ahead, keeps the sum, writes it for the others.
+// The role of half the warps: loads ahead, keeps the sum, writes it for the others.
 __device__ __forceinline__ void keep_sum(unsigned char* shared, Rows k, Rows v, Rows k_far, const float* sums, int num_sums,
                                          float* total, int first, int last, int length, int sinks, int warp, int lane) {
-    int thread = 32 * warp + lane;
+    int half = warp / 4, in_half = 32 * (warp % 4) + lane;  // of the columns that this thread loads
     auto load = [&](int chunk, int place) {
         int token = chunk * CHUNK;
-        copy_tile(shared + K_AT + place * TILE, k, token, CHUNK, 0, length, thread);
-        copy_tile(shared + V_AT + place * TILE, v, token, CHUNK, sinks, length, thread);
-        copy_far_tile(shared + K_FAR_AT + place * FAR_TILE, k_far, token, sinks, length, thread);
+        copy_tile(shared + K_AT + half * RING + place * TILE, k, token, CHUNK, 0, length, 64 * half, in_half);
+        copy_tile(shared + V_AT + half * RING + place * TILE, v, token, CHUNK, sinks, length, 64 * half, in_half);
+        if (warp < 4) copy_far_tile(shared + K_FAR_AT + place * FAR_TILE, k_far, token, sinks, length, in_half);
     };
     load(first - 1, 0);
     load(first, 1);
     if (SINKS) {
-        copy_tile(shared + SINK_K_AT, k, 0, 16, 0, min(sinks, length), thread);
-        copy_tile(shared + SINK_V_AT, v, 0, 16, 0, min(sinks, length), thread);
+        copy_tile(shared + SINK_K_AT + half * SINK_TILE, k, 0, 16, 0, min(sinks, length), 64 * half, in_half);
+        copy_tile(shared + SINK_V_AT + half * SINK_TILE, v, 0, 16, 0, min(sinks, length), 64 * half, in_half);
     }
     Sum sum;
-    start_sum(sum, shared + GRAM_AT, sums, num_sums, thread);
+    start_sum(sum, shared + GRAM_AT, sums, num_sums, 32 * warp + lane);
     write_sum(shared, sum, warp, lane);
     wait_for_copies();
     meet();
-    turn_keys(shared + TURNED_AT, shared + K_FAR_AT, warp, lane);
+    if (warp < 4) turn_keys(shared + TURNED_AT, shared + K_FAR_AT, warp, lane);
     int before = 0, now = 1;  // places of chunks c - 1 and c in the rings
 #pragma unroll 1
     for (int c = first; c < last; c++) {
         wait_for_copies();
         meet();  // A
         load(c + 1, next_in_ring(now));
-        fold(sum, shared + V_AT + before * TILE, shared + TURNED_AT, warp, lane);
+        fold(sum, shared + V_AT + before * TILE, RING, shared + TURNED_AT, warp, lane);
         meet();  // B
         write_sum(shared, sum, warp, lane);
-        if (warp == 0) fold_gram(shared + GRAM_AT, shared + K_FAR_AT + before * FAR_TILE, lane);
-        turn_keys(shared + TURNED_AT, shared + K_FAR_AT + now * FAR_TILE, warp, lane);
+        if (warp == GRAM_WARP) fold_gram(shared + GRAM_AT, shared + K_FAR_AT + before * FAR_TILE, lane);
+        if (warp < 4) turn_keys(shared + TURNED_AT, shared + K_FAR_AT + now * FAR_TILE, warp, lane);
         before = now, now = next_in_ring(now);
     }
     wait_for_copies();
