@@ -28,8 +28,8 @@ __device__ __forceinline__ void read_sum(float (&acc)[8][4], float (&norm)[2], c
 #pragma unroll
         for (int pair = 0; pair < 4; pair++) {
             uint4 b = *reinterpret_cast<const uint4*>(shared + half_sum + ((s * 4 + pair) * 32 + lane) * 16);
-            multiply_add(acc[2 * pair], a, b.x, b.z);
-            multiply_add(acc[2 * pair + 1], a, b.y, b.w);
+            multiply_add(acc[2 * pair], a, b.x, b.y);
+            multiply_add(acc[2 * pair + 1], a, b.z, b.w);
         }
     }
     const unsigned a[4] = {x[0][0], x[1][0], x[0][4], x[1][4]};
@@ -196,7 +196,7 @@ __device__ __forceinline__ void add_values(float (&acc)[8][4], const unsigned (&
 __device__ __forceinline__ void store_rows(bf16* out, int stride, unsigned char* staged, const float (&acc)[8][4],
                                            const float (&total)[2], int token, int length, int lane) {
     int g = lane >> 2, t = lane & 3;
-    float inverse[2] = {1 / total[0], 1 / total[1]};
+    float inverse[2] = {reciprocal(total[0]), reciprocal(total[1])};
 #pragma unroll
     for (int n = 0; n < 8; n++)
 #pragma unroll

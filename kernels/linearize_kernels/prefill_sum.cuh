@@ -91,7 +91,7 @@ __device__ __forceinline__ void fold_gram(unsigned char* gram, const unsigned ch
     }
 }
 
-// S as B fragments: word [step][pair of value tiles][lane][upper half of features, value tile].
+// S as B fragments: word [step][pair of value tiles][lane][value tile][b0, b1].
 __device__ __forceinline__ void write_sum(unsigned char* shared, const Sum& sum, int warp, int lane) {
     int half = warp & 1, side = warp >> 1;
 #pragma unroll
@@ -101,7 +101,7 @@ __device__ __forceinline__ void write_sum(unsigned char* shared, const Sum& sum,
             const float(&low)[4] = sum[m][2 * s], (&high)[4] = sum[m][2 * s + 1];
             unsigned place = SUM_AT + (side >> 1) * HALF_SUM + (((5 * half + s) * 4 + 2 * (side & 1) + m) * 32 + lane) * 16;
             *reinterpret_cast<uint4*>(shared + place) = make_uint4(
-                pack_bf16(low[0], low[1]), pack_bf16(low[2], low[3]), pack_bf16(high[0], high[1]), pack_bf16(high[2], high[3]));
+                pack_bf16(low[0], low[1]), pack_bf16(high[0], high[1]), pack_bf16(low[2], low[3]), pack_bf16(high[2], high[3]));
         }
     }
 }
