@@ -53,7 +53,7 @@ class EmulatedKernel:
             raise RuntimeError(self.library.emulated_message().decode())
 
 
-def kernel(file: str, name: str, defines: dict | None = None, shared_bytes: int = 0, *, reverse=False):
+def kernel(file: str, name: str, defines: dict | None = None, shared_bytes: int = 0, *, device=None, reverse=False):
     """Stands in for `cuda.kernel`."""
     return _kernel(file, name, tuple(sorted((defines or {}).items())), shared_bytes, reverse)
 

@@ -39,20 +39,25 @@ def why_not(device: torch.device | str) -> str:
     return "" if arch <= newest else f"NVRTC compiles up to sm_{newest}, and the GPU is sm_{arch}"
 
 
-def kernel(file: str, name: str, defines: dict | None = None, shared_bytes: int = 0) -> "Kernel":
-    """The kernel `name` of a source, compiled and loaded for the current device on the first call.
+def kernel(
+    file: str, name: str, defines: dict | None = None, shared_bytes: int = 0, *, device: int | None = None
+) -> "Kernel":
+    """The kernel `name` of a source, compiled and loaded on the first call.
 
-    defines: what the preprocessor shall know. shared_bytes: dynamic shared memory of a block.
+    defines: what the preprocessor shall know. shared_bytes: dynamic shared memory of a block. device: a number, or
+    None for the current device.
     Raises CudaError where it does not compile, and while a graph is captured if it is not compiled yet.
     """
-    return _kernel(file, name, tuple(sorted((defines or {}).items())), shared_bytes, torch.cuda.current_device())
+    device = torch.cuda.current_device() if device is None else device
+    return _kernel(file, name, tuple(sorted((defines or {}).items())), shared_bytes, device)
 
 
 @functools.cache
 def _kernel(file, name, defines, shared_bytes, device):
     if torch.cuda.is_current_stream_capturing():
         raise CudaError(f"{file}: {name} is not compiled yet, and a graph is captured: call it once before")
-    return Kernel(file, name, dict(defines), shared_bytes, torch.device("cuda", device))
+    with torch.cuda.device(device):
+        return Kernel(file, name, dict(defines), shared_bytes, torch.device("cuda", device))
 
 
 class Kernel:

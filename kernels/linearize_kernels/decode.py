@@ -121,23 +121,42 @@ class DecodeState:
 
 
 def decode(
-    q, k, v, q_far, k_far, gate, state: DecodeState, *, scaling, log_decay=None, out=None, launch=None
-):
+    q, k, v, q_far, k_far, gate, state: DecodeState, *, scaling, log_decay=None, out=None, launch=None,
+    implementation="auto",
+):  # fmt: skip
     """Hybrid attention of one new token a row, after what `state` holds; `state` is changed in place.
 
     q [B, H, 1, D], k [B, G, 1, D], v [B, G, 1, V] of one dtype (float32 or bfloat16), q_far [B, H, 1, d],
     k_far [B, G, 1, d], gate [B, H, 1], log_decay [G] float32: as in `attention_quadratic`. No token is
-    padding. out: where the result [B, H, 1, V] goes, or None for a new tensor. launch: a `Launch` instead of
-    the chosen one, to measure. Returns it. Not differentiable.
+    padding. out: where the result [B, H, 1, V] goes, or None for a new tensor. launch: a `Launch` (of this
+    file or of cuda_decode.py) instead of the chosen one, to measure. implementation: "auto", "triton" or "cuda";
+    "auto" takes CUDA where `can_decode_cuda` agrees. Returns out. Not differentiable. Raises RuntimeError where
+    CUDA is forced and cannot run, and where a graph is captured before it is known whether CUDA can.
     """
     if out is None:
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch)
+    arguments = q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch
+    if not _takes_cuda(q, state, log_decay, launch, implementation):
+        launch_decode(*arguments)
+    else:
+        from .cuda_decode import launch_decode as launch_in_cuda
+
+        launch_in_cuda(*arguments)
     return out
 
 
+def _takes_cuda(q, state: DecodeState, log_decay, launch, implementation: str) -> bool:
+    from . import dispatch
+
+    if launch is not None:
+        return not isinstance(launch, Launch)
+    return dispatch.decodes_in_cuda(
+        state, heads=q.shape[1], decay=log_decay is not None, implementation=implementation
+    )
+
+
 def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch=None):
-    """`decode` into `out`; returns what Triton's launch does: the compiled kernel, with its registers."""
+    """`decode` in Triton into `out`; returns what Triton's launch does: the compiled kernel, with its registers."""
     batch, heads, _, head_dim = q.shape
     groups, value_dim, map_dim = k.shape[1], v.shape[-1], q_far.shape[-1]
     reason = why_not(q, k, v, q_far, k_far)

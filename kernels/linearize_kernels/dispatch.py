@@ -135,23 +135,81 @@ def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
 def can_decode(state, *, heads: int, decay: bool = False) -> Verdict:
     """Whether `decode` can be trusted with a `DecodeState` of layers of `heads` query heads, with the reason where not.
 
-    The first call of each sort on a device compares the kernel and the reference there, which takes seconds.
+    The first call of each sort on a device compares the kernel that `decode` would take and the reference there, which
+    takes seconds.
     """
+    chosen = requested()
+    if chosen in ("auto", "cuda"):
+        verdict = can_decode_cuda(state, heads=heads, decay=decay, forced=chosen == "cuda")
+        if verdict or chosen == "cuda":
+            return verdict
+    return _can_decode_triton(state, heads=heads, decay=decay)
+
+
+def _can_decode_triton(state, *, heads: int, decay: bool) -> Verdict:
     from .decode import choose_launch
-    from .self_test import self_test_decode
 
     batch, groups, splits = state.position.shape
-    device, dtype, head_dim, value_dim = (
-        state.total.device, state.keys.dtype, state.keys.shape[-1], state.values.shape[-1]
-    )  # fmt: skip
+    dtype, head_dim, value_dim = state.keys.dtype, state.keys.shape[-1], state.values.shape[-1]
     if not state.total.is_cuda:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return Verdict(interpreted, "" if interpreted else f"the state is on {device.type}; Triton needs a CUDA GPU")
+        reason = f"the state is on {state.total.device.type}; Triton needs a CUDA GPU"
+        return Verdict(interpreted, "" if interpreted else reason)
     columns = -(-value_dim // splits)
     launch = choose_launch(batch * groups * splits, state.keys.shape[2], head_dim, columns, heads // groups, dtype)
+    return _test_decode(state, launch, heads, decay)
+
+
+_cuda_decodes: dict[tuple, Verdict] = {}  # by everything that a verdict depends on
+
+
+def can_decode_cuda(state, *, heads: int, decay: bool = False, forced: bool = False) -> Verdict:
+    """As `can_decode`, of the CUDA kernel. forced: also where Triton is the faster one."""
+    tensors = state.total, state.keys, state.values, state.ring_far
+    key = (state.total.device, *((x.dtype, x.shape) for x in tensors), state.position.shape, state.window, heads, decay)
+    if (key, forced) not in _cuda_decodes:
+        if state.total.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a graph is captured, and decode has not been tried yet: call can_decode or decode before")
+        _cuda_decodes[key, forced] = _try_decode_cuda(state, heads, decay, forced)
+    return _cuda_decodes[key, forced]
+
+
+def _try_decode_cuda(state, heads: int, decay: bool, forced: bool) -> Verdict:
+    from . import cuda
+
+    reason = cuda.why_not(state.total.device)
+    if reason:
+        return Verdict(False, reason)
+    from . import cuda_decode
+
+    reason = cuda_decode.why_not(state, heads=heads)
+    if not reason and not forced and state.position.numel() < cuda_decode.FEWEST_BLOCKS:
+        reason = f"Triton is faster below {cuda_decode.FEWEST_BLOCKS} blocks"
+    if reason:
+        return Verdict(False, reason)
+    return _test_decode(state, cuda_decode.choose_launch(state), heads, decay)
+
+
+def decodes_in_cuda(state, *, heads: int, decay: bool, implementation: str = "auto") -> bool:
+    """Whether `decode` takes CUDA (else Triton). Raises RuntimeError where CUDA is forced and cannot run."""
+    chosen = requested(implementation)
+    if chosen not in ("auto", "cuda"):
+        return False
+    verdict = can_decode_cuda(state, heads=heads, decay=decay, forced=chosen == "cuda")
+    if chosen == "cuda" and not verdict:
+        raise RuntimeError(f"decode was asked to run in CUDA, and cannot: {verdict.reason}")
+    return bool(verdict)
+
+
+def _test_decode(state, launch, heads: int, decay: bool) -> Verdict:
+    from .self_test import self_test_decode
+
+    device = state.total.device
     error, allowed = self_test_decode(
-        device, dtype, launch=launch, splits=splits, heads=heads, groups=groups, head_dim=head_dim,
-        value_dim=value_dim, map_dim=state.ring_far.shape[-1], window=state.window, sinks=state.num_sinks, decay=decay,
+        device, state.keys.dtype, launch=launch, splits=state.position.shape[2], heads=heads,
+        groups=state.keys.shape[1], head_dim=state.keys.shape[-1], value_dim=state.values.shape[-1],
+        map_dim=state.ring_far.shape[-1], window=state.window, sinks=state.num_sinks, decay=decay,
+        far_dtype=state.ring_far.dtype, sum_dtype=state.total.dtype,
     )  # fmt: skip
     return _compared(error, allowed, device)
 
@@ -230,5 +288,8 @@ def _report_decode(dtype, device) -> tuple[str, str, str]:
 
     k, k_far = torch.zeros(1, 3, 1, 64, device=device, dtype=dtype), torch.zeros(1, 3, 1, 16, device=device)
     state = State.empty(k, k, k_far, num_features=Taylor.num_features(16), sinks=4, ring=63)
-    verdict = can_decode(DecodeState.from_state(state, window=64), heads=9)
+    state = DecodeState.from_state(state, window=64)
+    verdict, chosen = can_decode(state, heads=9), requested()
+    if chosen in ("auto", "cuda") and can_decode_cuda(state, heads=9, forced=chosen == "cuda"):
+        return name, "cuda", "the self-test passed"
     return name, "triton" if verdict else "reference", verdict.reason or "the self-test passed"

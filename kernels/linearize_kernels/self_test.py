@@ -39,8 +39,10 @@ def self_test(device, dtype, *, prefill: bool, heads: int, groups: int, far_head
 
 @functools.cache
 def self_test_decode(device, dtype, *, launch, splits: int, heads: int, groups: int, head_dim: int, value_dim: int,
-                     map_dim: int, window: int, sinks: int, decay=False):  # fmt: skip
-    """As `self_test`, of `decode` with the launch and the splits that a layer's state would take.
+                     map_dim: int, window: int, sinks: int, decay=False, far_dtype=None,
+                     sum_dtype=torch.float32):  # fmt: skip
+    """As `self_test`, of `decode` with the launch (which says the kernel) and the splits that a layer's state would
+    take. far_dtype: of the mapped tensors and the gate, where it is another.
 
     One row: a prompt that has filled the window, then tokens enough for two folds.
     """
@@ -51,17 +53,19 @@ def self_test_decode(device, dtype, *, launch, splits: int, heads: int, groups: 
     inputs, _ = _draw(device, dtype, heads, groups, groups, head_dim, value_dim, map_dim, length=length)
     log_decay = inputs.pop("log_decay")
     log_decay = log_decay if decay else None
+    inputs |= {name: inputs[name].to(far_dtype or dtype) for name in ("q_far", "k_far", "gate")}
     options = dict(scaling=head_dim**-0.5, log_decay=log_decay)
     with torch.inference_mode(False), torch.no_grad():
         exact = {name: x.double() for name, x in inputs.items()}
         expected, _ = attention_quadratic(**exact, **options, window=window, sinks=sinks)
         before = {name: x[:, :, :prompt] for name, x in inputs.items()}
         _, state = attention_chunked(**before, **options, window=window, sinks=sinks, return_state=True)
-        state = DecodeState.from_state(state, window=window, splits=splits)
+        state = DecodeState.from_state(state, window=window, dtype=sum_dtype, splits=splits)
         tokens = [{name: x[:, :, t : t + 1] for name, x in inputs.items()} for t in range(prompt, length)]
         got = torch.cat([decode(**token, state=state, **options, launch=launch) for token in tokens], 2)
     error = ((got - expected[:, :, prompt:]).norm() / expected[:, :, prompt:].norm()).item()
-    return math.inf if math.isnan(error) else error, 1e-4 if dtype == torch.float32 else 1e-2
+    allowed = 2e-2 if sum_dtype == torch.bfloat16 else 1e-4 if dtype == torch.float32 else 1e-2
+    return math.inf if math.isnan(error) else error, allowed
 
 
 def _draw(device, dtype, heads, groups, far_heads, head_dim, value_dim, map_dim, length=600):

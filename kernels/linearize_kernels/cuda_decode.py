@@ -1,0 +1,117 @@
+"""Launches decode.cu: which calls it takes, how a block does its work, and its arguments.
+
+B batch, H query heads, G kv heads, D head dim, V value dim, d map dim, F Taylor features, R ring slots, n sinks
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from . import cuda
+from .decode import FOLD, TARGET_PROGRAMS, DecodeState
+from .feature_maps import Taylor
+
+NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
+MAX_STATIC = 48 << 10  # bytes of shared memory that a kernel may declare
+FEWEST_BLOCKS = 1  # below so many "auto" takes Triton
+EAGER_VALUES = 8  # rows of values that a thread may hold before it knows which it needs
+
+
+class Launch(NamedTuple):
+    """How a block does its work, as decode.cu says; found on an H100 (kernels/README.md)."""
+
+    threads: int = 256
+    blocks: int = 4  # a multiprocessor, at least: what registers of a thread are limited to
+    staged: int = 10  # pieces of the sum that a thread asks for at once
+    unroll: int = 4  # and then so many
+    eager: bool = False
+
+
+def why_not(state: DecodeState, *, heads: int) -> str:
+    """Why the kernel cannot take a state of layers of `heads` query heads; empty where it can."""
+    groups, head_dim, value_dim = state.keys.shape[1], state.keys.shape[-1], state.values.shape[-1]
+    map_dim, size = state.ring_far.shape[-1], state.keys.element_size()
+    kinds = {state.keys.dtype, state.values.dtype, state.total.dtype, state.ring_far.dtype}
+    static = _static_bytes(state, heads // groups)
+    checks = {
+        f"dtypes {sorted(map(str, kinds))}: float32 and bfloat16": kinds <= set(NAMES)
+        and state.keys.dtype == state.values.dtype,
+        f"head dim {head_dim}: whole pieces of 16 bytes, up to 128": head_dim * size % 16 == 0
+        and head_dim <= 128,
+        f"value dim {value_dim}: a multiple of 4": value_dim % 4 == 0,
+        f"map dim {map_dim}: a multiple of 4, up to 32": map_dim % 4 == 0 and map_dim <= 32,
+        f"{heads} query heads, {groups} kv heads: up to 16 a group": heads % groups == 0 and heads // groups <= 16,
+        f"window, sinks and heads need {static} bytes of shared memory: up to {MAX_STATIC}": static <= MAX_STATIC,
+    }
+    return next((reason for reason, fine in checks.items() if not fine), "")
+
+
+def choose_launch(state: DecodeState) -> Launch:
+    """Few blocks: latency counts, so everything is asked for at once. Many: several share a multiprocessor."""
+    few = state.position.numel() <= TARGET_PROGRAMS
+    columns, threads = _columns(state), 256
+    pieces, rows = (-(-size // (threads // (columns // 4))) for size in (state.total.shape[2], state.keys.shape[2]))
+    if few:
+        return Launch(threads, 1, min(pieces, 16), 4, rows <= EAGER_VALUES)
+    return Launch(threads, 4, min(pieces, 10), 4, False)
+
+
+def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch=None):
+    """As `decode.launch_decode`, with this kernel; returns the compiled kernel."""
+    heads, groups, splits = q.shape[1], k.shape[1], state.position.shape[2]
+    q, k, v, q_far, k_far = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, q_far, k_far))
+    assert q.shape[2] == 1 and q.dtype == k.dtype == v.dtype == state.keys.dtype, "one token, of the state's dtype"
+    assert k.shape[-1] == state.keys.shape[-1] and v.shape[-1] == state.values.shape[-1], "as wide as the state's"
+    assert out.shape == (*q.shape[:-1], v.shape[-1]) and out.stride(-1) == 1, "out: [B, H, 1, V], dense at the end"
+    launch = launch or choose_launch(state)
+    defines, shared = _compile_options(
+        launch, tuple(x.dtype for x in (q, state.total, state.ring_far, q_far, k_far, gate, out)),
+        (heads // groups, q.shape[-1], v.shape[-1], q_far.shape[-1], state.window, state.num_sinks),
+        _columns(state), log_decay is not None,
+    )  # fmt: skip
+    kernel = cuda.kernel("decode.cu", "decode_kernel", defines, shared, device=q.device.index)
+    strides = [s for x in (q, k, v, q_far, k_far, gate, out) for s in x.stride()[:2]]
+    kernel(
+        (state.position.numel(), 1, 1), (launch.threads, 1, 1),
+        q, k, v, q_far, k_far, gate, log_decay, out, state.total, state.norm, state.keys, state.values,
+        state.ring_far, state.ring_kind, state.position, state.offset, *strides, groups, splits,
+        scaling * math.log2(math.e),
+    )  # fmt: skip
+    return kernel
+
+
+def _columns(state: DecodeState) -> int:
+    """Value columns of a block: a multiple of 4."""
+    return -(-state.values.shape[-1] // (4 * state.position.shape[2])) * 4
+
+
+@functools.cache
+def _compile_options(launch: Launch, dtypes, sizes, columns: int, decay: bool) -> tuple[dict, int]:
+    """(What decode.cu has to be told, its dynamic shared memory in bytes: the largest of its three uses)."""
+    names = ("ELEMENT", "SUM", "RING_FAR", "Q_FAR", "K_FAR", "GATE", "OUT")
+    numbers = ("HEADS", "HEAD_DIM", "VALUE_DIM", "MAP_DIM", "WINDOW", "SINKS")
+    parts = launch.threads // (columns // 4)
+    features = Taylor.num_features(sizes[3])
+    defines = {
+        **{name: NAMES[dtype] for name, dtype in zip(names, dtypes, strict=True)},
+        **dict(zip(numbers, sizes, strict=True)), "ELEMENT_BYTES": dtypes[0].itemsize,
+        **dict(FOLD=FOLD, DECAY=int(decay), COLUMNS=columns, THREADS=launch.threads, BLOCKS=launch.blocks),
+        **dict(STAGED=min(launch.staged, -(-features // parts)), UNROLL=launch.unroll, EAGER=int(launch.eager)),
+    }
+    staged = defines["STAGED"] * launch.threads * 4 * dtypes[1].itemsize
+    added = parts * sizes[0] * columns * 4
+    each = 8 if parts <= 16 else 4
+    at_once = min(parts * each, -(-features // each) * each)
+    folding = FOLD * (at_once + columns + sizes[3]) * 4
+    return defines, max(staged, added, folding)
+
+
+def _static_bytes(state: DecodeState, group: int) -> int:
+    """Of decode.cu's static shared memory, at most."""
+    rows, features, map_dim = state.keys.shape[2] + 1, state.total.shape[2], state.ring_far.shape[-1]
+    padded = 1 << (group - 1).bit_length()
+    row = state.keys.element_size() << (state.keys.shape[-1] - 1).bit_length()
+    inputs = (group + 1) * row + 4 * _columns(state) + (group * (map_dim + 1) + map_dim) * 4
+    return inputs + (features + rows) * padded * 4 + features * 4 + padded * 4 + rows + 64

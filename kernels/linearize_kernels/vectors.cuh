@@ -1,0 +1,60 @@
+// Four elements at once, and sums over the lanes of a warp.
+#pragma once
+#include "primitives.cuh"
+#include "tensor_cores.cuh"
+
+template <class T> struct Raw4;  // four elements as they lie in memory
+template <> struct Raw4<float> { using type = float4; };
+template <> struct Raw4<bf16> { using type = uint2; };
+
+__device__ __forceinline__ float4 widen(float4 x) { return x; }
+__device__ __forceinline__ float4 widen(uint2 x) { return make_float4(low_float(x.x), high_float(x.x), low_float(x.y), high_float(x.y)); }
+__device__ __forceinline__ float4 narrow(float4 x, float) { return x; }
+__device__ __forceinline__ uint2 narrow(float4 x, bf16) {
+    return make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
+}
+__device__ __forceinline__ float4 operator*(float a, float4 x) {
+    return make_float4(a * x.x, a * x.y, a * x.z, a * x.w);
+}
+__device__ __forceinline__ void add(float4& to, float weight, float4 x) {
+    to.x += weight * x.x, to.y += weight * x.y, to.z += weight * x.z, to.w += weight * x.w;
+}
+
+// 8 or 16 bytes from global to shared memory, as copy_async.
+template <class T> __device__ __forceinline__ void copy_piece(T* to, const T* from) {
+    if constexpr (sizeof(T) == 16) {
+        copy_async(reinterpret_cast<unsigned char*>(to), from, true);
+    } else {
+#ifdef CUDA_ON_CPU
+        *to = *from;
+#else
+        const unsigned at = shared_address(reinterpret_cast<const unsigned char*>(to));
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(at), "l"(from) : "memory");
+#endif
+    }
+}
+
+// N sums over OVER lanes at once; lane l gets number l / (OVER / N).
+template <int N, int OVER> __device__ __forceinline__ float sum_over_lanes(float (&x)[N], int lane) {
+    static_assert(N <= OVER);
+#pragma unroll
+    for (int half = N / 2, bit = OVER / 2; half; half /= 2, bit /= 2) {
+        const bool upper = lane & bit;
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            const float send = upper ? x[i] : x[i + half], keep = upper ? x[i + half] : x[i];
+            x[i] = keep + __shfl_xor_sync(ALL_LANES, send, bit);
+        }
+    }
+#pragma unroll
+    for (int bit = OVER / N / 2; bit; bit /= 2) x[0] += __shfl_xor_sync(ALL_LANES, x[0], bit);
+    return x[0];
+}
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int bit = 16; bit; bit /= 2) x += __shfl_xor_sync(ALL_LANES, x, bit);
+    return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+    for (int bit = 16; bit; bit /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, bit));
+    return x;
+}

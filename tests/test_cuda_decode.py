@@ -1,0 +1,303 @@
+"""The CUDA decode kernel against the float64 reference, token by token.
+
+Without a GPU the same source runs in the emulator (cuda_on_cpu.h).
+"""
+
+import functools
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+import cuda_emulator
+from linearize_kernels import State, attention_quadratic, cuda, dispatch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from linearize_kernels import cuda_decode  # noqa: E402
+from linearize_kernels.cuda_decode import Launch, launch_decode  # noqa: E402
+from linearize_kernels.decode import FOLD, DecodeState, decode  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+WHY_NOT = cuda.why_not("cuda") if ON_GPU else cuda_emulator.WHY_NOT
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+GUARD = 64  # elements before and after a tensor that must stay as they are
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    if not ON_GPU:
+        monkeypatch.setattr(cuda, "kernel", cuda_emulator.kernel)
+
+
+def make(prompt=12, tokens=2 * FOLD + 6, batch=2, heads=4, groups=1, head_dim=64, value_dim=None, map_dim=16, window=6,
+         sinks=4, decay=False, pad=0, large=1.0, far_gate=None, dtype=torch.float32, far_dtype=torch.float32, seed=0):  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    length = prompt + tokens
+
+    def draw(*shape, dtype=dtype):
+        return torch.randn(*shape, generator=g).to(DEVICE, dtype)
+
+    inputs = dict(
+        q=draw(batch, length, heads, head_dim).transpose(1, 2) * large,
+        k=draw(batch, length, groups, head_dim).transpose(1, 2) * large,
+        v=draw(batch, groups, length, value_dim or head_dim),
+        q_far=draw(batch, heads, length, map_dim, dtype=far_dtype) * 0.5,
+        k_far=draw(batch, groups, length, map_dim, dtype=far_dtype) * 0.5,
+        gate=draw(batch, heads, length, dtype=far_dtype),
+    )  # fmt: skip
+    if far_gate is not None:
+        inputs["gate"] = torch.full_like(inputs["gate"], far_gate)
+    valid = torch.ones(batch, length, dtype=torch.bool, device=DEVICE)
+    valid[0, :pad] = False
+    decay = -torch.linspace(0.01, 0.1, groups, device=DEVICE) if decay else None
+    return inputs, dict(scaling=head_dim**-0.5, window=window, sinks=sinks, log_decay=decay), valid
+
+
+def part(inputs, start, stop):
+    return {name: x[:, :, start:stop] for name, x in inputs.items()}
+
+
+def prefilled(inputs, options, valid, prompt, **layout):
+    """The state after the prompt, NaN in every slot that holds nothing."""
+    map_dim = inputs["k_far"].shape[-1]
+    state = State.empty(
+        inputs["k"], inputs["v"], inputs["k_far"], num_features=1 + map_dim + map_dim * (map_dim + 1) // 2,
+        sinks=options["sinks"], ring=options["window"] - 1,
+    )  # fmt: skip
+    if prompt:
+        _, state = attention_quadratic(
+            **part(inputs, 0, prompt), valid=valid[:, :prompt], **options, state=state, return_state=True
+        )
+    state = DecodeState.from_state(state, window=options["window"], **layout)
+    empty = state.ring_kind == 0
+    for x in (state.keys[:, :, state.num_sinks :], state.values[:, :, state.num_sinks :], state.ring_far):
+        x[empty] = torch.nan
+    return state
+
+
+def guard(state: DecodeState):
+    """(The state in memory with guards around each tensor, a check that they are as they were)."""
+    homes = {}
+    for name in (f.name for f in fields(state) if f.name != "window"):
+        x = getattr(state, name)
+        home = torch.full((x.numel() + 2 * GUARD,), 77, dtype=x.dtype, device=x.device)
+        home[GUARD:-GUARD] = x.flatten()
+        homes[name] = home
+
+    def check():
+        for name, home in homes.items():
+            assert (home[:GUARD] == 77).all() and (home[-GUARD:] == 77).all(), f"a write beside {name}"
+
+    views = {name: home[GUARD:-GUARD].view(getattr(state, name).shape) for name, home in homes.items()}
+    return replace(state, **views), check
+
+
+def step(token, state, options, launch=None):
+    """One token's output, in memory that held NaN, with guards around it."""
+    q, v = token["q"], token["v"]
+    home = torch.full((q.shape[0] + 2, q.shape[1], 1, v.shape[-1]), torch.nan, dtype=q.dtype, device=DEVICE)
+    launch_decode(
+        *(token[n] for n in ("q", "k", "v", "q_far", "k_far", "gate")),
+        state, options["scaling"], options["log_decay"], home[1:-1], launch,
+    )  # fmt: skip
+    assert home[0].isnan().all() and home[-1].isnan().all(), "a write beside the output"
+    return home[1:-1]
+
+
+def relative(got, expected):
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+def check(prompt=12, sum_dtype=torch.float32, splits=1, launch=None, **case):
+    inputs, options, valid = make(prompt=prompt, **case)
+    exact = {n: x.double() for n, x in inputs.items()}
+    expected, last = attention_quadratic(**exact, valid=valid, **options, return_state=True)
+    state, unharmed = guard(prefilled(inputs, options, valid, prompt, dtype=sum_dtype, splits=splits))
+    assert not cuda_decode.why_not(state, heads=inputs["q"].shape[1])
+    outputs = [step(part(inputs, t, t + 1), state, options, launch) for t in range(prompt, expected.shape[2])]
+    unharmed()
+    error = relative(torch.cat(outputs, 2), expected[:, :, prompt:])
+    assert error < (5e-3 if torch.bfloat16 in (inputs["q"].dtype, sum_dtype) else 1e-5), f"{error:.1e}"
+    after = state.to_state(log_decay=options["log_decay"])
+    assert torch.equal(after.length, last.length)
+    return after, last
+
+
+BF16, FLOAT = torch.bfloat16, torch.float32
+EAGER = Launch(staged=3, eager=True)
+CASES = {  # in the emulator each is a compilation of a second
+    "4 heads a group, bfloat16": {"dtype": BF16},
+    "1 head a group, decay, padding": {"heads": 2, "groups": 2, "decay": True, "pad": 9},
+    "3 heads a group, head dim 80, 2 splits": {"heads": 6, "groups": 2, "head_dim": 80, "splits": 2, "dtype": BF16},
+    "head dim 80": {"heads": 2, "head_dim": 80, "sinks": 1},
+    "8 heads a group, head dim 96, no sinks": {"heads": 8, "head_dim": 96, "sinks": 0, "dtype": BF16},
+    "head dim 128, values 40, window 2": {"head_dim": 128, "value_dim": 40, "window": 2, "batch": 1},
+    "8 splits, eager": {"head_dim": 128, "splits": 8, "dtype": BF16, "far_dtype": BF16, "launch": EAGER},
+    "from nothing, eager": {"prompt": 0, "splits": 2, "launch": EAGER},
+    "12 heads a group, sums in bfloat16": {"heads": 12, "sum_dtype": BF16, "batch": 1, "tokens": FOLD + 6},
+    "nothing staged, 128 threads, keys in two rounds": {
+        "prompt": 70, "tokens": FOLD + 6, "window": 64, "launch": Launch(threads=128, staged=0, unroll=3), "dtype": BF16,
+    },  # fmt: skip
+    "gate above all, nothing far": {"prompt": 2, "tokens": 4, "far_gate": 300.0},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_decode_is_the_reference(name):
+    check(**CASES[name])
+
+
+@pytest.mark.skipif(ON_GPU, reason="the emulator's order of threads")
+@pytest.mark.parametrize("launch", [Launch(), EAGER], ids=["", "eager"])
+def test_the_order_of_threads_means_nothing(launch, monkeypatch):
+    monkeypatch.setattr(cuda, "kernel", functools.partial(cuda_emulator.kernel, reverse=True))
+    check(tokens=FOLD + 6, launch=launch, dtype=BF16)
+
+
+def test_state_survives_the_round_trip():
+    """What it leaves behind continues as a `State` would, and as Triton's state would."""
+    case = dict(decay=True, pad=9, groups=2, heads=2)
+    state, last = check(**case)
+    inputs, options, _ = make(prompt=0, tokens=5, seed=1, **{**case, "pad": 0})
+    expected, _ = attention_quadratic(**inputs, **options, state=last.map(lambda x: x), return_state=True)
+    got, _ = attention_quadratic(**inputs, **options, state=state, return_state=True)
+    torch.testing.assert_close(got, expected.to(got.dtype), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_at_different_tokens():
+    """Rows of a state may be at different tokens, and fold at different steps."""
+    first, options, valid = make(prompt=12, batch=1, tokens=2 * FOLD)
+    second, _, _ = make(prompt=30, batch=1, tokens=2 * FOLD, seed=1)
+    ahead = 11  # tokens that the second row has had before the first comes
+    states = [prefilled(x, options, valid, n, splits=2) for x, n in ((first, 12), (second, 30))]
+    for t in range(30, 30 + ahead):
+        step(part(second, t, t + 1), states[1], options)
+    state = DecodeState(
+        **{f.name: torch.cat([getattr(s, f.name) for s in states]) for f in fields(states[0]) if f.name != "window"},
+        window=6,
+    )  # fmt: skip
+    outputs = []
+    for t in range(2 * FOLD - ahead):
+        tokens = [part(first, 12 + t, 13 + t), part(second, 30 + ahead + t, 31 + ahead + t)]
+        outputs.append(step({n: torch.cat([x[n] for x in tokens]) for n in tokens[0]}, state, options))
+    for row, (inputs, start) in enumerate(((first, 12), (second, 30 + ahead))):
+        expected, _ = attention_quadratic(**{n: x.double() for n, x in inputs.items()}, **options)
+        got = torch.cat(outputs, 2)[row : row + 1]
+        assert relative(got, expected[:, :, start : start + got.shape[2]]) < 1e-5
+
+
+def test_refusals():
+    def reason(heads=4, **case):
+        inputs, options, valid = make(prompt=0, tokens=1, **case)
+        return cuda_decode.why_not(prefilled(inputs, options, valid, 0), heads=heads)
+
+    assert reason() == ""
+    assert "map dim 5: a multiple of 4" in reason(map_dim=5)
+    assert "head dim 36: whole pieces" in reason(head_dim=36, dtype=BF16)
+    assert "value dim 66: a multiple of 4" in reason(value_dim=66)
+    assert "up to 16 a group" in reason(heads=17)
+    assert "shared memory" in reason(heads=16, map_dim=32, head_dim=128)
+
+
+@pytest.mark.skipif(ON_GPU, reason="the choice without a GPU")
+def test_a_forced_choice_runs_or_raises(monkeypatch):
+    inputs, options, valid = make(prompt=12, tokens=1)
+    state = prefilled(inputs, options, valid, 12)
+    with pytest.raises(RuntimeError, match="asked to run in CUDA, and cannot: the tensors are on cpu"):
+        decode(**part(inputs, 12, 13), state=state, scaling=1.0, implementation="cuda")
+    monkeypatch.setenv("LINEARIZE_KERNELS", "cuda")
+    assert "on cpu" in dispatch.can_decode(state, heads=4).reason
+
+
+def test_auto_takes_cuda_where_its_self_test_passes(monkeypatch):
+    """The self-test guards the kernel: a wrong one is refused, and its reason shown."""
+    inputs, options, valid = make(prompt=12, tokens=1, head_dim=64, window=8)
+    state = prefilled(inputs, options, valid, 12)
+    monkeypatch.setattr(cuda, "why_not", lambda device: "")
+    monkeypatch.setattr(dispatch, "_cuda_decodes", {})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "this device")
+    assert dispatch.decodes_in_cuda(state, heads=4, decay=False)
+    assert not dispatch.decodes_in_cuda(state, heads=4, decay=False, implementation="triton")
+    right = cuda_decode.launch_decode
+
+    def wrong(*args):
+        right(*args)
+        args[9].mul_(1.01)
+
+    monkeypatch.setattr(cuda_decode, "launch_decode", wrong)
+    assert dispatch.decodes_in_cuda(state, heads=4, decay=False), "the verdict is kept"
+    dispatch._cuda_decodes.clear()
+    dispatch_test = dispatch.can_decode_cuda
+    from linearize_kernels.self_test import self_test_decode
+
+    self_test_decode.cache_clear()
+    verdict = dispatch_test(state, heads=4)
+    self_test_decode.cache_clear()
+    assert not verdict and "is off by" in verdict.reason
+
+
+GPU_CASES = {
+    "common": {},
+    "many folds": {"tokens": 300, "window": 16, "batch": 1},
+    "large batch": {"batch": 300, "tokens": 40},
+    **{f"head dim {x}": {"head_dim": x} for x in (16, 64, 80, 96, 112, 128)},
+    **{f"map dim {x}": {"map_dim": x} for x in (8, 24, 32)},
+    **{f"{h} heads, {g} groups": {"heads": h, "groups": g} for h, g in ((3, 3), (9, 3), (16, 2), (16, 1), (10, 2))},
+    **{f"window {w}": {"window": w, "prompt": w + 30} for w in (2, 16, 128, 256)},
+    **{f"{n} splits": {"splits": n, "head_dim": 128} for n in (1, 2, 4, 8)},
+    **{f"{n} sinks": {"sinks": n} for n in (0, 1, 16)},
+    "decay": {"decay": True},
+    "large scores": {"large": 4.0},
+    "left padding": {"pad": 90, "batch": 3},
+    "values 40": {"value_dim": 40},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("sum_dtype", [FLOAT, BF16], ids=lambda d: f"sum {d}")
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_table(name, dtype, sum_dtype):
+    case = {"prompt": 100, "tokens": 100, "window": 64, "groups": 2, **GPU_CASES[name]}
+    check(**case, dtype=dtype, sum_dtype=sum_dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("splits", [1, 8])
+def test_graph_replay_equals_eager(splits):
+    inputs, options, valid = make(prompt=70, tokens=200, head_dim=128, window=64, dtype=BF16)
+    steps = [part(inputs, t, t + 1) for t in range(70, 270)]
+    eager_state, state = (prefilled(inputs, options, valid, 70, splits=splits) for _ in range(2))
+    eager = [
+        decode(**x, state=eager_state, scaling=options["scaling"], implementation="cuda").clone() for x in steps
+    ]
+    static, out = {name: x.clone() for name, x in steps[0].items()}, torch.empty_like(eager[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # nothing runs while it is captured
+        decode(**static, state=state, scaling=options["scaling"], out=out, implementation="cuda")
+    for x, expected in zip(steps, eager, strict=True):
+        for name in static:
+            static[name].copy_(x[name])
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("batch", [1, 128])
+@pytest.mark.parametrize("shape", [(9, 3, 64), (32, 8, 128), (32, 32, 64)], ids=str)
+def test_auto_is_cuda_here(shape, batch):
+    """And the compiled kernel keeps everything in registers, but for what the folding needs once in 32 tokens."""
+    heads, groups, head_dim = shape
+    inputs, options, valid = make(
+        prompt=70, tokens=1, batch=batch, heads=heads, groups=groups, head_dim=head_dim, window=64, dtype=BF16
+    )
+    state = prefilled(inputs, options, valid, 70, splits=None)
+    verdict = dispatch.can_decode_cuda(state, heads=heads)
+    assert verdict, verdict.reason
+    out = inputs["q"][:, :, :1].clone()
+    token = [part(inputs, 70, 71)[n] for n in ("q", "k", "v", "q_far", "k_far", "gate")]
+    assert launch_decode(*token, state, 1.0, None, out).spills <= 128
