@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from linearize_kernels import attention, attention_quadratic, cuda, cuda_prefill
+from linearize_kernels.dispatch import can_run_cuda
 
 CASES = {
     **{f"length {t}": {"length": t} for t in (1, 5, 63, 64, 65, 127, 128, 200)},
@@ -131,3 +132,5 @@ def test_dispatch_takes_it():
     expected, last = attention(**inputs, **options, return_state=True, implementation="cuda")
     out, state = attention(**inputs, **options, return_state=True)
     assert torch.equal(out, expected) and torch.equal(state.total, last.total)
+    assert torch.equal(attention(**inputs, **options)[0], expected)  # without a state too
+    assert "no gradients in CUDA" in can_run_cuda(**{**inputs, "q": inputs["q"].requires_grad_()}, **options).reason

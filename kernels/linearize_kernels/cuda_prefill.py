@@ -16,8 +16,11 @@ PARTS = 2  # sums of one segment
 SHORTEST = 8  # chunks of a segment
 
 
-def attention_prefill_cuda(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, segments=None, parts=PARTS):
-    """A text from its first token, no padding: arguments as `attention_prefill`. Returns (out [B, H, T, V], State).
+def attention_prefill_cuda(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, return_state=True, segments=None,
+                           parts=PARTS):  # fmt: skip
+    """A text from its first token, no padding: arguments as `attention_prefill`.
+
+    Returns (out [B, H, T, V], State, or None unless return_state).
 
     segments: so many programs share a text, each after a sum over what precedes it; None: enough to fill the GPU.
     Arguments must be such that `why_not` finds nothing.
@@ -44,7 +47,8 @@ def attention_prefill_cuda(q, k, v, q_far, k_far, gate, *, scaling, window, sink
         *_strides(q, k, v, q_far, mapped, gate, out),
         length, heads, heads // groups, sinks, span, parts, scaling * math.log2(math.e),
     )  # fmt: skip
-    return out, State.after_text(total, k, v, k_far, sinks=sinks, ring=window - 1)
+    state = State.after_text(total, k, v, k_far, sinks=sinks, ring=window - 1) if return_state else None
+    return out, state
 
 
 def why_not(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_map="taylor", valid=None, segments=None,

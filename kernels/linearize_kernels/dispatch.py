@@ -104,7 +104,7 @@ def can_run(q, k, v, q_far, k_far, gate, **options) -> Verdict:
 
 
 def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
-    """Whether the CUDA kernel can take this call of `attention` (a text's prefill), with the reason where not.
+    """Whether the CUDA kernel can take this call of `attention` (a whole text), with the reason where not.
 
     The first call of each sort on a device compiles it and compares it with the reference there, which takes seconds.
     """
@@ -116,10 +116,8 @@ def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
     from . import cuda_prefill
     from .self_test import self_test
 
-    if not _prefills(**options):
-        return Verdict(False, "the CUDA kernels are for prefill and decoding")
     if _needs_grad([q, k, v, q_far, k_far, gate]):
-        return Verdict(False, "no gradients through a state in CUDA")
+        return Verdict(False, "no gradients in CUDA")
     reason = cuda_prefill.why_not(q, k, v, q_far, k_far, gate, **options) or cuda_prefill.why_not_device(
         q.device, q.shape[-1]
     )
@@ -245,7 +243,9 @@ def _cuda(*tensors, scaling, window, sinks, return_state, **_):
     from .cuda_prefill import attention_prefill_cuda
 
     with torch.cuda.device_of(tensors[0]):
-        return attention_prefill_cuda(*tensors, scaling=scaling, window=window, sinks=sinks)
+        return attention_prefill_cuda(
+            *tensors, scaling=scaling, window=window, sinks=sinks, return_state=return_state
+        )
 
 
 KERNELS = {"triton": (can_run, _triton), "cuda": (can_run_cuda, _cuda)}
