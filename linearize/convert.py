@@ -21,8 +21,9 @@ from .data import build_token_data
 from .errors import LinearizeError, RecipeError, TrainingError
 from .export import check_free, export
 from .finetune import FinetuneStage, add_lora, projection_names
+from .fused_norms import fused_norms
 from .kept_softmax import evenly_spaced, heads_by_layer, units_of, written_down
-from .lengths import length_of, length_problems, rows_a_forward
+from .lengths import length_problems, rows_a_forward
 from .loading import load_teacher, pick_device
 from .match import MatchStage
 from .model_card import model_card
@@ -276,11 +277,12 @@ class _Run:
 
     def _train(self, stage, settings) -> None:
         self.log.steps_before = sum(result.num_steps for result in self.results)
-        rows = rows_a_forward(self.recipe, length_of(self.recipe, settings))
-        result = train(
-            stage, self.stage_data.get(stage.name, self.data), settings, run=replace(self.recipe.run, micro_batch=rows),
-            accelerator=self.accelerator, folder=self.work, log=self.log,
-        )  # fmt: skip
+        rows = rows_a_forward(self.recipe, settings)
+        with fused_norms(self.model):
+            result = train(
+                stage, self.stage_data.get(stage.name, self.data), settings, accelerator=self.accelerator,
+                run=replace(self.recipe.run, micro_batch=rows), folder=self.work, log=self.log,
+            )  # fmt: skip
         self.results.append(result)
         self.log.write(**{**asdict(result), "stage": result.name, "done": True})
         self.log.say(

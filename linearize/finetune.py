@@ -3,10 +3,15 @@
 Loss: next-token cross-entropy and/or KL to the teacher, which is the same model with its own weights and softmax on.
 """
 
+from contextlib import contextmanager
+
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D  # a linear layer with its weight transposed, as in GPT-2
+
+from linearize_kernels import logit_losses
 
 from .errors import RecipeError
 from .modeling_linearized import LinearizedAttentionMixin, linear_attentions
@@ -15,7 +20,7 @@ from .sequences import model_inputs
 from .train import ParameterGroup
 from .variants import teacher
 
-LOSS_CHUNK = 1024  # tokens whose logits are in memory at a time
+LOSS_CHUNK = 2048  # tokens whose logits are in memory at a time
 
 
 def add_lora(model, lora):
@@ -104,10 +109,13 @@ class FinetuneStage:
             return self.model(**inputs, use_cache=False).logits[:, :-1]
         return final_states(self.base, inputs)[:, :-1]
 
+    @contextmanager
     def autocast(self, device):
         """LoRA's float32 weights multiply in the base model's dtype; the maps see to themselves in float32."""
         dtype = self.model.dtype
-        return torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+        half = dtype in (torch.bfloat16, torch.float16)
+        with disable_input_dtype_casting(self.model, half), torch.autocast(device.type, dtype, enabled=half):
+            yield
 
     @torch.no_grad()
     def teacher_states(self, inputs):
@@ -138,11 +146,7 @@ def token_losses(states, labels, teacher=None, head=None):
 
 
 def _chunk_losses(states, labels, teacher, head):
-    log_p = head(states).float().log_softmax(-1)
-    ce = torch.nn.functional.nll_loss(log_p, labels, ignore_index=-100, reduction="sum")
-    if teacher is None:
-        return ce, ce.new_zeros(())
-    with torch.no_grad():
-        log_t = head(teacher).float().log_softmax(-1)
-    kl = torch.nn.functional.kl_div(log_p, log_t, reduction="none", log_target=True).sum(-1)
-    return ce, (kl * (labels != -100)).sum()
+    if teacher is not None:
+        with torch.no_grad():
+            teacher = head(teacher)
+    return logit_losses(head(states), labels, teacher)

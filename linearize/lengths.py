@@ -8,9 +8,11 @@ def length_of(recipe, stage) -> int:
     return recipe.data.sequence_length if stage.sequence_length is None else stage.sequence_length
 
 
-def rows_a_forward(recipe, length: int) -> int:
-    """How many rows of `length` are as many tokens as a forward pass of `run.micro_batch` sequences; at least 1."""
-    return max(1, recipe.run.micro_batch * recipe.data.sequence_length // length)
+def rows_a_forward(recipe, stage) -> int:
+    """Sequences a forward pass of a stage: its own setting, or as many tokens as `run.micro_batch` has; at least 1."""
+    if stage.micro_batch is not None:
+        return stage.micro_batch
+    return max(1, recipe.run.micro_batch * recipe.data.sequence_length // length_of(recipe, stage))
 
 
 def length_problems(recipe, window: int) -> Iterator[str]:
@@ -21,11 +23,12 @@ def length_problems(recipe, window: int) -> Iterator[str]:
     for name, stage in recipe.trained.items():
         setting = "data.sequence_length" if stage.sequence_length is None else f"{name}.sequence_length"
         length = lengths[setting] = length_of(recipe, stage)
-        forward = rows_a_forward(recipe, length) * length
+        forward = rows_a_forward(recipe, stage) * length
         if stage.batch_tokens < forward:
+            rows = "run.micro_batch" if stage.micro_batch is None else f"{name}.micro_batch"
             yield (
                 f"{name}.batch_tokens: {stage.batch_tokens} must be at least one forward pass, {forward} by "
-                f"run.micro_batch and {setting}"
+                f"{rows} and {setting}"
             )
         if stage.sequence_length is not None and not recipe.data.packing:
             yield f"{name}.sequence_length: needs data.packing; without it data.sequence_length cuts the texts"

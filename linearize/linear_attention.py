@@ -104,9 +104,11 @@ class LinearAttention(nn.Module):
         q, k = q.to(dtype), k.to(dtype)
         if self.k_map.shape[0] != k.shape[1]:
             k = k.repeat_interleave(self.k_map.shape[0] // k.shape[1], 1)
-        q_far = q @ self.q_map.to(dtype)
-        k_far = (k - self.key_center.to(dtype)[:, None]) @ self.k_map.to(dtype)
-        gate = (q * self.gate_weight.to(dtype)[:, None]).sum(-1) + self.gate_bias.to(dtype)[:, None]
+        to_far = torch.cat([self.q_map, self.gate_weight[..., None]], -1).to(dtype)  # the gate is one column more
+        from_q = _map_heads(q, to_far)
+        q_far, gate = from_q[..., :-1], from_q[..., -1] + self.gate_bias.to(dtype)[:, None]
+        k_map = self.k_map.to(dtype)
+        k_far = _map_heads(k, k_map) - self.key_center.to(dtype)[:, None] @ k_map
         return q_far, k_far, gate
 
     def forward(self, q, k, v, *, scaling, valid=None, segments=None, softcap=None, sink_logits=None,
@@ -149,3 +151,10 @@ class LinearAttention(nn.Module):
         ring = max(self.window - 1, 0)
         far = 4 * far_heads * (features * (self.head_dim + 1) + map_dim * ring)  # float32
         return self.token_bytes(dtype_bytes=dtype_bytes) * (ring + self.sinks) + far
+
+
+def _map_heads(x, weight):
+    """[B, H, T, D], [H, D, d] -> [B, H, T, d]; no copy where heads lie inside tokens, as projections leave them."""
+    batch, heads, length, _ = x.shape
+    rows = x.transpose(0, 1).reshape(heads, batch * length, -1)
+    return torch.bmm(rows, weight).view(heads, batch, length, -1).transpose(0, 1)

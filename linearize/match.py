@@ -103,7 +103,12 @@ def share_error(ours, teacher, valid=None):
 
 def relative_error(predicted, target, valid=None):
     """Error power over output power of each sequence: [B, H, T, D] twice, valid [B, T] bool -> [B] float32."""
-    difference, target = (predicted.float() - target.float()).square(), target.float().square()
+    difference = predicted.float() - target
     if valid is not None:
         difference, target = (x * valid[:, None, :, None] for x in (difference, target))
-    return difference.sum((1, 2, 3)) / target.sum((1, 2, 3)).clamp_min(1e-12)
+    return _power(difference) / _power(target).clamp_min(1e-12)
+
+
+def _power(x):
+    """Sum of squares of each sequence, [B] float32, without a float32 copy of x."""
+    return torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=torch.float32).square()

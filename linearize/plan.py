@@ -69,8 +69,9 @@ def _memory_lines(recipe, keep, model, layers) -> list[str]:
     )
     width = 4 if pick_device(recipe.run.device).type == "cpu" else 2
     weights = sum(p.numel() for p in model.parameters()) * width
-    lengths = [recipe.data.sequence_length, *(length_of(recipe, stage) for stage in recipe.trained.values())]
-    tokens = max(rows_a_forward(recipe, length) * length for length in lengths)
+    stages = recipe.trained.values()
+    forwards = [rows_a_forward(recipe, stage) * length_of(recipe, stage) for stage in stages]
+    tokens = max(forwards, default=recipe.run.micro_batch * recipe.data.sequence_length)
     logits = tokens * model.config.get_text_config().vocab_size * width
     need = (weights + 6 * logits) / 2**30 + 0.8
     return [

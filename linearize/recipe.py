@@ -118,6 +118,9 @@ class StageSettings(Section):
     sequence_length: int | None = setting(
         None, help="tokens a sequence in this stage and its evaluation; null is data.sequence_length", minimum=2
     )
+    micro_batch: int | None = setting(
+        None, help="sequences a forward pass in this stage; null is as many tokens as run.micro_batch", minimum=1
+    )
     lr: float = setting(1e-2, help="peak learning rate", above=0)
     warmup: float = setting(0.05, help="fraction of the steps", minimum=0, maximum=1)
     weight_decay: float = setting(0.0, help="decoupled, as in AdamW", minimum=0)

@@ -22,12 +22,11 @@ attention.keep_softmax.unit
 data.source data.name data.split data.column data.messages data.sequence_length data.packing data.held_out
 data.streaming data.seed
 calibrate.sequences
-match.tokens match.batch_tokens match.sequence_length match.lr match.warmup match.weight_decay match.clip
-match.evaluate_every
-match.patience match.window_dropout match.far_mass
-finetune.tokens finetune.batch_tokens finetune.sequence_length finetune.lr finetune.warmup finetune.weight_decay
-finetune.clip
-finetune.evaluate_every finetune.patience finetune.window_dropout finetune.train finetune.maps_lr
+match.tokens match.batch_tokens match.sequence_length match.micro_batch match.lr match.warmup match.weight_decay
+match.clip match.evaluate_every match.patience match.window_dropout match.far_mass
+finetune.tokens finetune.batch_tokens finetune.sequence_length finetune.micro_batch finetune.lr finetune.warmup
+finetune.weight_decay finetune.clip finetune.evaluate_every finetune.patience finetune.window_dropout finetune.train
+finetune.maps_lr
 finetune.lora.rank finetune.lora.alpha
 finetune.lora.dropout finetune.lora.targets finetune.loss.ce finetune.loss.kl
 run.seed run.device run.micro_batch run.gradient_checkpointing run.checkpoint_every run.trackers

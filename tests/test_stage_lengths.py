@@ -9,6 +9,7 @@ from linearize.convert import convert
 from linearize.data import build_token_data
 from linearize.errors import DataError, RecipeError
 from linearize.finetune import FinetuneStage
+from linearize.lengths import rows_a_forward
 from linearize.match import MatchStage
 from linearize.recipe import load_recipe
 from linearize.train import _Loop
@@ -101,3 +102,11 @@ def test_text_too_short_for_a_stage_is_refused_before_anything_is_trained(tmp_pa
 def test_lengths_that_do_not_go_with_the_rest_are_refused(tmp_path, model, text, changes, words):
     with pytest.raises(RecipeError, match=words):
         load_recipe(save_recipe(tmp_path, model, text, **changes))
+
+
+def test_a_stage_may_say_how_many_sequences_a_forward_pass_takes(tmp_path, model, text):
+    given = {**LENGTHS, **BUDGETS, "match.micro_batch": 3}
+    recipe = load_recipe(save_recipe(tmp_path, model, text, **given))
+    assert [rows_a_forward(recipe, stage) for stage in (recipe.match, recipe.finetune)] == [3, 1]
+    with pytest.raises(RecipeError, match="192 must be at least one forward pass, 216 by match.micro_batch"):
+        load_recipe(save_recipe(tmp_path, model, text, **given | {"match.micro_batch": 9}))
