@@ -113,5 +113,5 @@ def _static_bytes(state: DecodeState, group: int) -> int:
     rows, features, map_dim = state.keys.shape[2] + 1, state.total.shape[2], state.ring_far.shape[-1]
     padded = 1 << (group - 1).bit_length()
     row = state.keys.element_size() << (state.keys.shape[-1] - 1).bit_length()
-    inputs = (group + 1) * row + 4 * _columns(state) + (group * (map_dim + 1) + map_dim) * 4
-    return inputs + (features + rows) * padded * 4 + features * 4 + padded * 4 + rows + 64
+    inputs = (group + 1) * row + 4 * _columns(state) + (group * (map_dim + 1) + FOLD * map_dim) * 4
+    return inputs + (features + rows) * padded * 4 + features * 4 + padded * 4 + rows + 1024
