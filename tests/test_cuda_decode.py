@@ -292,7 +292,7 @@ def test_graph_replay_equals_eager(splits):
 @pytest.mark.parametrize("batch", [1, 128])
 @pytest.mark.parametrize("shape", [(9, 3, 64), (32, 8, 128), (32, 32, 64)], ids=str)
 def test_auto_is_cuda_here(shape, batch):
-    """And the compiled kernel keeps everything in registers, but for what the folding needs once in 32 tokens."""
+    """And the compiled kernel keeps its sums in registers."""
     heads, groups, head_dim = shape
     inputs, options, valid = make(
         prompt=70, tokens=1, batch=batch, heads=heads, groups=groups, head_dim=head_dim, window=64, dtype=BF16
@@ -302,4 +302,4 @@ def test_auto_is_cuda_here(shape, batch):
     assert verdict, verdict.reason
     out = inputs["q"][:, :, :1].clone()
     token = [part(inputs, 70, 71)[n] for n in ("q", "k", "v", "q_far", "k_far", "gate")]
-    assert launch_decode(*token, state, 1.0, None, out).spills <= 128
+    assert launch_decode(*token, state, 1.0, None, out).spills <= 16

@@ -23,7 +23,8 @@ __host__ __device__ constexpr int power(int size) { return size > 1 ? 2 * power(
 __host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
 
 constexpr int PAD = power(HEADS);  // heads, padded
-constexpr int VALUE_UNROLL = EAGER ? VALUES : least(VALUES, 4);
+constexpr int VALUE_ROUNDS = EAGER ? 1 : (VALUES * ELEMENT_BYTES + 15) / 16;
+constexpr int VALUE_UNROLL = (VALUES + VALUE_ROUNDS - 1) / VALUE_ROUNDS;  // that a thread holds at once
 constexpr float LOG2E = 1.4426950408889634f;
 #define NEVER __uint_as_float(0xff800000u)      // -infinity, the score of what is not seen
 enum Sort : signed char { UNSEEN, EXACT, FAR };  // how a row of sinks and ring counts
