@@ -36,9 +36,9 @@ class LinearizedCacheLayer(CacheLayerMixin):
 
     def attend(self, linear_attn, q, k, v, **options):
         """Output [B, H, T, V] of `linear_attn` for new tokens after what this cache holds; remembers them."""
-        if self.state is None:
+        self.is_initialized = True
+        if self.state is None and (self.num_extra or not linear_attn.num_heads):  # else from nothing, which is faster
             self.state = linear_attn.empty_state(k, v, extra=self.num_extra)
-            self.is_initialized = True
         self.log_decay = linear_attn.log_decay
         out, self.state = linear_attn(q, k, v, state=self.state, return_state=True, **options)
         self.num_seen += q.shape[2]

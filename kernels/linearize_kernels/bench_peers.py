@@ -39,7 +39,7 @@ class Candidate(NamedTuple):
 
 def candidates(operation: str, s: Shape, names) -> list[Candidate]:
     """Ours first, then the peers named. operation: "prefill", "forward" or "forward + backward"."""
-    found = [_ours(operation, s)]
+    found = _ours(operation, s)
     for name in names:
         if name == "reference":
             found += [_reference(operation, s)] if s.T == REFERENCE_LENGTH else []
@@ -62,14 +62,22 @@ def _hybrid(label, role, function, operation, s, *, tolerance=5e-3) -> Candidate
     return Candidate(label, role, make, lambda *x: exact_hybrid(s, *x), None, tolerance, cost)
 
 
-def _ours(operation: str, s: Shape) -> Candidate:
+def _ours(operation: str, s: Shape) -> list[Candidate]:
+    from .cuda_prefill import SHARED_BYTES, attention_prefill_cuda
     from .prefill import attention_prefill
     from .training import attention_training
 
     options = dict(scaling=s.D**-0.5, window=s.window, sinks=s.sinks)
-    if operation == "prefill":
-        return _hybrid("linearize prefill", "ours", lambda *x: attention_prefill(*x, **options)[0], operation, s)
-    return _hybrid("linearize training", "ours", lambda *x: attention_training(*x, **options), operation, s)
+
+    def ours(label, function):
+        return _hybrid(label, "ours", function, operation, s)
+
+    if operation != "prefill":
+        return [ours("linearize training", lambda *x: attention_training(*x, **options))]
+    found = [ours("linearize prefill", lambda *x: attention_prefill(*x, **options)[0])]
+    if s.D in SHARED_BYTES:
+        found.append(ours("linearize prefill, CUDA", lambda *x: attention_prefill_cuda(*x, **options)[0]))
+    return found
 
 
 def _reference(operation: str, s: Shape) -> Candidate:

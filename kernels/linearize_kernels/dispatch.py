@@ -1,11 +1,12 @@
-"""Which implementation an operation takes, and why: `auto`, `reference` or `triton`.
+"""Which implementation an operation takes, and why: `auto`, `reference`, `triton` or `cuda`.
 
 B batch, T new tokens, H query heads, G kv heads, M heads of the far term (G or H), D head dim, V value dim,
 d map dim
 
 The choice is made a call (`implementation=`) or by the environment variable LINEARIZE_KERNELS, which stands
-in where a call says "auto". A forced implementation runs or raises; "auto" takes Triton where `can_run`
-agrees. Triton is imported by the first call that could use it, so machines without it lose nothing.
+in where a call says "auto". A forced implementation runs or raises; "auto" takes CUDA where `can_run_cuda` agrees,
+else Triton where `can_run` does. Both are imported by the first call that could use them, so machines without them
+lose nothing.
 """
 
 import importlib.util
@@ -41,8 +42,8 @@ def attention(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_ma
     """Hybrid attention by the fastest implementation that can run: arguments, result as
     `attention_quadratic`.
 
-    implementation: "auto", "reference" or "triton". Raises ValueError for another name, and RuntimeError with
-    the reason where "triton" is forced and cannot run.
+    implementation: one of IMPLEMENTATIONS. Raises ValueError for another name, and RuntimeError with the reason
+    where "triton" or "cuda" is forced and cannot run.
     """
     options = dict(
         scaling=scaling, window=window, sinks=sinks, feature_map=feature_map, valid=valid, segments=segments,
@@ -50,12 +51,15 @@ def attention(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_ma
     )  # fmt: skip
     chosen = requested(implementation)
     short = q.shape[2] < SHORT and (state is not None or return_state)
-    if chosen == "triton" or (chosen == "auto" and q.is_cuda and not short):
-        verdict = can_run(q, k, v, q_far, k_far, gate, **options)
-        if verdict:
-            return _triton(q, k, v, q_far, k_far, gate, **options)
-        if chosen == "triton":
-            raise RuntimeError(f"attention was asked to run in Triton, and cannot: {verdict.reason}")
+    names = ("cuda", "triton") if chosen == "auto" and q.is_cuda and not short else (chosen,)
+    for name in names:
+        if name in KERNELS:
+            can, run = KERNELS[name]
+            verdict = can(q, k, v, q_far, k_far, gate, **options)
+            if verdict:
+                return run(q, k, v, q_far, k_far, gate, **options)
+            if name == chosen:
+                raise RuntimeError(f"attention was asked to run in {name}, and cannot: {verdict.reason}")
     return attention_reference(q, k, v, q_far, k_far, gate, **options)
 
 
@@ -95,6 +99,33 @@ def can_run(q, k, v, q_far, k_far, gate, **options) -> Verdict:
         head_dim=q.shape[-1], value_dim=v.shape[-1], map_dim=q_far.shape[-1],
         decay=options.get("log_decay") is not None, backward=needs_grad,
         masked=options.get("valid") is not None or options.get("segments") is not None,
+    )  # fmt: skip
+    return _compared(error, allowed, q.device)
+
+
+def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
+    """Whether the CUDA kernel can take this call of `attention` (a whole text), with the reason where not.
+
+    The first call of each sort on a device compiles it and compares it with the reference there, which takes seconds.
+    """
+    from . import cuda
+
+    reason = cuda.why_not(q.device)
+    if reason:
+        return Verdict(False, reason)
+    from . import cuda_prefill
+    from .self_test import self_test
+
+    if _needs_grad([q, k, v, q_far, k_far, gate]):
+        return Verdict(False, "no gradients in CUDA")
+    reason = cuda_prefill.why_not(q, k, v, q_far, k_far, gate, **options) or cuda_prefill.why_not_device(
+        q.device, q.shape[-1]
+    )
+    if reason:
+        return Verdict(False, reason)
+    error, allowed = self_test(
+        q.device, q.dtype, prefill=True, cuda=True, heads=q.shape[1], groups=k.shape[1], far_heads=k.shape[1],
+        head_dim=q.shape[-1], value_dim=v.shape[-1], map_dim=q_far.shape[-1],
     )  # fmt: skip
     return _compared(error, allowed, q.device)
 
@@ -208,6 +239,18 @@ def _triton(*tensors, feature_map, softcap, sink_logits, state, return_state, se
         return out, state if return_state else None
 
 
+def _cuda(*tensors, scaling, window, sinks, return_state, **_):
+    from .cuda_prefill import attention_prefill_cuda
+
+    with torch.cuda.device_of(tensors[0]):
+        return attention_prefill_cuda(
+            *tensors, scaling=scaling, window=window, sinks=sinks, return_state=return_state
+        )
+
+
+KERNELS = {"triton": (can_run, _triton), "cuda": (can_run_cuda, _cuda)}
+
+
 def report(device: str | torch.device = "cuda") -> list[tuple[str, str, str]]:
     """What each operation takes on a device, for `linearize doctor`: (operation, implementation, why).
 
@@ -219,14 +262,22 @@ def report(device: str | torch.device = "cuda") -> list[tuple[str, str, str]]:
             sizes = [(9, 64), (3, 64), (3, 64), (9, 16), (3, 16), (9,)]
             tensors = [torch.zeros(1, h, 300, *size, device=device, dtype=dtype) for h, *size in sizes]
             tensors = [x.requires_grad_(training) for x in tensors]
-            verdict = can_run(*tensors, scaling=1.0, window=64, sinks=4, return_state=not training)
-            chosen = requested()
-            if chosen == "auto":
-                chosen = "triton" if verdict and tensors[0].is_cuda else "reference"
-            reason = verdict.reason or "the self-test passed" if tensors[0].is_cuda else verdict.reason
-            rows.append((f"{name}, {dtype}".replace("torch.", ""), chosen, reason))
+            options = dict(scaling=1.0, window=64, sinks=4, return_state=not training)
+            rows.append((f"{name}, {dtype}".replace("torch.", ""), *_report_attention(tensors, options)))
     rows += [_report_decode(dtype, device) for dtype in (torch.bfloat16, torch.float32)]
     return rows
+
+
+def _report_attention(tensors, options) -> tuple[str, str]:
+    """What `attention` takes for a call, and why."""
+    chosen = requested()
+    for name in ("cuda", "triton") if chosen == "auto" else (chosen,):
+        if name not in KERNELS:
+            return name, "it is asked for"
+        verdict = KERNELS[name][0](*tensors, **options)
+        if verdict and tensors[0].is_cuda:
+            return name, "the self-test passed"
+    return (chosen if chosen in KERNELS else "reference"), verdict.reason
 
 
 def _report_decode(dtype, device) -> tuple[str, str, str]:

@@ -8,7 +8,6 @@ past's sum is the base of the first span; a text from its beginning needs no lin
 """
 
 import torch
-from torch.nn.functional import pad
 
 from .configs import config_for
 from .decode import feature_pairs
@@ -43,27 +42,14 @@ def attention_prefill(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, va
 
 def _from_nothing(q, k, v, q_far, k_far, gate, decay, *, scaling, window, sinks, config):
     """A text from its first token, no padding."""
-    batch, _, length, _ = q.shape
-    ring, plan = window - 1, plain_plan(q.device)
+    length, ring, plan = q.shape[2], window - 1, plain_plan(q.device)
     q, k, v, q_far, mapped = (row_major(x.to(q.dtype)) for x in (q, k, v, q_far, k_far))
     sums, total = key_sums(mapped, v, plan, config, sinks=sinks, end=length - ring, log_decay=decay,
                            return_last=True)  # fmt: skip
     out, _, _ = launch_forward(q, k, v, q_far, mapped, gate, decay, plan, sums, scaling=scaling, window=window,
                                sinks=sinks, tiles=config.forward)  # fmt: skip
 
-    def newest(x):
-        x = x[:, :, max(0, length - ring) :]
-        return pad(x, [0, 0, ring - x.shape[2], 0]).clone(memory_format=torch.contiguous_format)
-
-    def oldest(x):
-        x = x[:, :, :sinks]
-        return pad(x, [0, 0, 0, sinks - x.shape[2]]).clone(memory_format=torch.contiguous_format)
-
-    slots = torch.arange(ring, device=q.device).expand(batch, ring)
-    return out, State(
-        total=total, sink_k=oldest(k), sink_v=oldest(v), ring_k=newest(k), ring_v=newest(v), ring_far=newest(k_far),
-        ring_valid=slots >= ring - length, length=torch.full((batch,), length, device=q.device),
-    )  # fmt: skip
+    return out, State.after_text(total, k, v, k_far, sinks=sinks, ring=ring)
 
 
 def _after(state: State, q, k, v, q_far, k_far, gate, decay, valid, *, scaling, window, sinks, config):

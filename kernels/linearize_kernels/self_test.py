@@ -14,7 +14,7 @@ from .reference import attention_quadratic
 
 @functools.cache
 def self_test(device, dtype, *, prefill: bool, heads: int, groups: int, far_heads: int, head_dim: int,
-              value_dim: int, map_dim: int, decay=False, masked=False, backward=True):  # fmt: skip
+              value_dim: int, map_dim: int, decay=False, masked=False, backward=True, cuda=False):  # fmt: skip
     """Largest relative RMS error of output, gradients (training) and sum (prefill): (error, allowed error).
 
     Random inputs of 600 tokens, window 64, 4 sinks. NaN counts as infinite.
@@ -30,7 +30,7 @@ def self_test(device, dtype, *, prefill: bool, heads: int, groups: int, far_head
         inputs.pop("log_decay")
     with torch.inference_mode(False):
         if prefill:
-            expected, got = _prefill_results(inputs, options)
+            expected, got = _prefill_results(inputs, options, cuda)
         else:
             expected, got = _training_results(inputs, options, grad, backward)
     errors = [((a - b).norm() / a.norm()).item() for a, b in zip(expected, got, strict=True)]
@@ -82,19 +82,19 @@ def _draw(device, dtype, heads, groups, far_heads, head_dim, value_dim, map_dim,
     return inputs, draw(heads, value_dim)
 
 
-def _prefill_results(inputs, options):
-    from .prefill import attention_prefill
-
-    results = []
+def _prefill_results(inputs, options, cuda):
     with torch.no_grad():
         exact = {name: x.double() for name, x in inputs.items()}
-        for function, tensors, extra in (
-            (attention_quadratic, exact, {"return_state": True}),
-            (attention_prefill, inputs, {}),
-        ):
-            out, state = function(**tensors, **options, **extra)
-            results.append([out, state.total])
-    return results
+        expected = attention_quadratic(**exact, **options, return_state=True)
+        if cuda:
+            from .cuda_prefill import attention_prefill_cuda
+
+            got = [attention_prefill_cuda(**inputs, **options, segments=n) for n in (1, 3)]  # in one piece, and cut
+        else:
+            from .prefill import attention_prefill
+
+            got = [attention_prefill(**inputs, **options)]
+    return [[x for out, state in each for x in (out, state.total)] for each in ([expected] * len(got), got)]
 
 
 def _training_results(inputs, options, grad, backward):

@@ -7,6 +7,7 @@ F expanded features, n sinks, P ring slots (window - 1, and some more where late
 from dataclasses import dataclass, fields, replace
 
 import torch
+from torch.nn.functional import pad
 
 
 @dataclass
@@ -42,6 +43,26 @@ class State:
             ring_valid=torch.zeros(batch, ring, dtype=torch.bool, device=k.device),
             length=torch.zeros(batch, dtype=torch.long, device=k.device),
         )
+
+    @classmethod
+    def after_text(cls, total, k, v, k_far, *, sinks: int, ring: int) -> "State":
+        """The state after a whole text without padding, copied out of k, v, k_far; its sum is given."""
+        batch, length = k.shape[0], k.shape[2]
+
+        def oldest(x):  # a copy: a view would keep all of the text alive
+            x = x[:, :, :sinks].clone(memory_format=torch.contiguous_format)
+            return pad(x, [0, 0, 0, sinks - x.shape[2]]) if x.shape[2] < sinks else x
+
+        def newest(x):
+            x = x[:, :, max(0, length - ring) :].clone(memory_format=torch.contiguous_format)
+            return pad(x, [0, 0, ring - x.shape[2], 0]) if x.shape[2] < ring else x
+
+        slots = torch.arange(ring, device=k.device).expand(batch, ring)
+        return cls(
+            total=total, sink_k=oldest(k), sink_v=oldest(v),
+            ring_k=newest(k), ring_v=newest(v), ring_far=newest(k_far),
+            ring_valid=slots >= ring - length, length=torch.full((batch,), length, device=k.device),
+        )  # fmt: skip
 
     @property
     def num_sinks(self) -> int:

@@ -24,6 +24,7 @@ inline unsigned multiply_bf16(unsigned x, unsigned y) {
 }
 
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal(float x) { return 1 / x; }
 
 inline void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     struct Operands { unsigned a[4], b[2]; } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
@@ -101,6 +102,12 @@ __device__ __forceinline__ unsigned multiply_bf16(unsigned x, unsigned y) {
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

@@ -1,0 +1,117 @@
+"""Prefill in CUDA C++ (prefill.cu), for the shape that most layers have: `attention_prefill`'s function, faster.
+
+B batch, T tokens, H query heads, G kv heads (and far heads), D head dim, V value dim, d map dim, F Taylor features
+"""
+
+import math
+
+import torch
+
+from . import cuda
+from .state import State
+
+CHUNK, MAP_DIM, NUM_FEATURES, MOST_SINKS = 64, 16, 153, 16  # as in prefill.cu
+SHARED_BYTES, SUMS_SHARED_BYTES = {64: 111680, 128: 223296}, {64: 29760, 128: 46144}  # by head dim, as there
+PARTS = 2  # sums of one segment
+SHORTEST = 8  # chunks of a segment
+
+
+def attention_prefill_cuda(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, return_state=True, segments=None,
+                           parts=PARTS):  # fmt: skip
+    """A text from its first token, no padding: arguments as `attention_prefill`.
+
+    Returns (out [B, H, T, V], State, or None unless return_state).
+
+    segments: so many programs share a text, each after a sum over what precedes it; None: enough to fill the GPU.
+    Arguments must be such that `why_not` finds nothing.
+    """
+    batch, heads, length, size = q.shape
+    groups, chunks = k.shape[1], -(-length // CHUNK)
+    q, k, v, q_far, mapped = (_aligned(x.to(q.dtype)) for x in (q, k, v, q_far, k_far))
+    gate = gate.float()
+    segments = choose_segments(batch * heads, chunks, size, q.device) if segments is None else segments
+    span = -(-chunks // (segments * parts)) * parts
+    segments = -(-chunks // span)
+    out = _like(q)
+    total = q.new_empty(batch, groups, NUM_FEATURES, size + 1, dtype=torch.float32)
+    sums = total
+    if segments > 1:
+        number = (segments - 1) * parts
+        sums = q.new_empty(batch * groups, number, 160 * size + 272, dtype=torch.float32)
+        _kernel("prefill_sums_kernel", size, sinks)(
+            (batch * groups, number, 1), (2 * size, 1, 1), v, mapped, sums, *_strides(v, mapped),
+            length, groups, sinks, span // parts,
+        )  # fmt: skip
+    _kernel("prefill_kernel", size, sinks)(
+        (batch * heads, segments, 1), (4 * size, 1, 1), q, k, v, q_far, mapped, gate, out, total, sums,
+        *_strides(q, k, v, q_far, mapped, gate, out),
+        length, heads, heads // groups, sinks, span, parts, scaling * math.log2(math.e),
+    )  # fmt: skip
+    state = State.after_text(total, k, v, k_far, sinks=sinks, ring=window - 1) if return_state else None
+    return out, state
+
+
+def why_not(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_map="taylor", valid=None, segments=None,
+            log_decay=None, softcap=None, sink_logits=None, state=None, **_) -> str:  # fmt: skip
+    """Why this kernel cannot take these arguments; empty where it can. Asks nothing of the GPU."""
+    tensors, heads, groups = (q, k, v, q_far, k_far, gate), q.shape[1], k.shape[1]
+    absent = dict(valid=valid, segments=segments, log_decay=log_decay, softcap=softcap, sink_logits=sink_logits,
+                  state=state)  # fmt: skip
+    checks = {
+        f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: bfloat16 for all": (
+            q.dtype == k.dtype == v.dtype == torch.bfloat16
+        ),
+        f"head dims {q.shape[-1]} and {v.shape[-1]}: 64 or 128, both alike": (
+            q.shape[-1] == v.shape[-1] and q.shape[-1] in SHARED_BYTES
+        ),
+        f"map dim {q_far.shape[-1]}: 16": q_far.shape[-1] == MAP_DIM,
+        f"window {window}: 64": window == CHUNK,
+        f"{sinks} sinks: up to {MOST_SINKS}": sinks <= MOST_SINKS,
+        f"the feature map is {feature_map}, the kernel knows taylor": feature_map == "taylor",
+        f"{heads} query heads, {groups} kv heads, {k_far.shape[1]} far heads": (
+            heads % groups == 0 and k_far.shape[1] == groups
+        ),
+        f"scaling {scaling}: above 0": scaling > 0,
+        "a float64 map or gate": torch.float64 not in (q_far.dtype, k_far.dtype, gate.dtype),
+        f"{q.shape[2]} tokens: 1 to {2**24}": 1 <= q.shape[2] <= 2**24,
+        "a stride beyond 2**31": all(abs(s) < 2**31 for x in tensors for s in x.stride()),
+        **{f"{name} is not built": x is None for name, x in absent.items()},
+    }
+    return next((reason for reason, fine in checks.items() if not fine), "")
+
+
+def why_not_device(device, head_dim: int) -> str:
+    """Why a device cannot run this kernel for a head dim; empty where it can."""
+    reason = cuda.why_not(device)
+    if reason:
+        return reason
+    available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    needed = SHARED_BYTES[head_dim]
+    return "" if available >= needed else f"{available} bytes of shared memory a block: {needed} are needed"
+
+
+def choose_segments(programs: int, chunks: int, head_dim: int, device) -> int:
+    """Into how many segments each of `programs` texts and heads goes, so that the GPU is full."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return max(1, min(processors * 128 // head_dim // programs, chunks // SHORTEST))
+
+
+def _kernel(name: str, head_dim: int, sinks: int):
+    shared = (SHARED_BYTES if name == "prefill_kernel" else SUMS_SHARED_BYTES)[head_dim]
+    return cuda.kernel("prefill.cu", name, {"HEAD_DIM": head_dim, "SINKS": -(-sinks // 8) * 8}, shared)
+
+
+def _aligned(x):
+    """x with rows in one piece that begin on 16 bytes, as asynchronous copies need them."""
+    fine = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
+    return x if fine else x.contiguous()
+
+
+def _strides(*tensors):
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _like(q):
+    """An empty tensor of q's shape, in memory [B, T, H, V]: joining heads copies nothing."""
+    batch, heads, length, size = q.shape
+    return q.new_empty(batch, length, heads, size).transpose(1, 2)
