@@ -129,17 +129,19 @@ def check(prompt=12, sum_dtype=torch.float32, splits=1, launch=None, **case):
 BF16, FLOAT = torch.bfloat16, torch.float32
 EAGER = Launch(staged=3, eager=True)
 CASES = {  # in the emulator each is a compilation of a second
-    "4 heads a group, bfloat16": {"dtype": BF16},
+    "4 heads a group, head dim 128, bfloat16": {"head_dim": 128, "dtype": BF16},
     "1 head a group, decay, padding": {"heads": 2, "groups": 2, "decay": True, "pad": 9},
     "3 heads a group, head dim 80, 2 splits": {"heads": 6, "groups": 2, "head_dim": 80, "splits": 2, "dtype": BF16},
     "head dim 80": {"heads": 2, "head_dim": 80, "sinks": 1},
     "8 heads a group, head dim 96, no sinks": {"heads": 8, "head_dim": 96, "sinks": 0, "dtype": BF16},
-    "head dim 128, values 40, window 2": {"head_dim": 128, "value_dim": 40, "window": 2, "batch": 1},
+    "head dim 128, values 40 in 4 splits, window 2": {
+        "head_dim": 128, "value_dim": 40, "splits": 4, "window": 2, "batch": 1,
+    },  # fmt: skip
     "8 splits, eager": {"head_dim": 128, "splits": 8, "dtype": BF16, "far_dtype": BF16, "launch": EAGER},
     "from nothing, eager": {"prompt": 0, "splits": 2, "launch": EAGER},
     "12 heads a group, sums in bfloat16": {"heads": 12, "sum_dtype": BF16, "batch": 1, "tokens": FOLD + 6},
     "nothing staged, 128 threads, keys in two rounds": {
-        "prompt": 70, "tokens": FOLD + 6, "window": 64, "dtype": BF16,
+        "prompt": 70, "tokens": FOLD + 6, "window": 64, "head_dim": 128, "dtype": BF16,
         "launch": Launch(threads=128, staged=0, unroll=3),
     },  # fmt: skip
     "gate above all, nothing far": {"prompt": 2, "tokens": 4, "far_gate": 300.0},
@@ -290,7 +292,7 @@ def test_graph_replay_equals_eager(splits):
 @pytest.mark.parametrize("batch", [1, 128])
 @pytest.mark.parametrize("shape", [(9, 3, 64), (32, 8, 128), (32, 32, 64)], ids=str)
 def test_auto_is_cuda_here(shape, batch):
-    """And the compiled kernel keeps everything in registers, but for what the folding needs once in 32 tokens."""
+    """And the compiled kernel keeps its sums in registers."""
     heads, groups, head_dim = shape
     inputs, options, valid = make(
         prompt=70, tokens=1, batch=batch, heads=heads, groups=groups, head_dim=head_dim, window=64, dtype=BF16
@@ -300,4 +302,4 @@ def test_auto_is_cuda_here(shape, batch):
     assert verdict, verdict.reason
     out = inputs["q"][:, :, :1].clone()
     token = [part(inputs, 70, 71)[n] for n in ("q", "k", "v", "q_far", "k_far", "gate")]
-    assert launch_decode(*token, state, 1.0, None, out).spills <= 128
+    assert launch_decode(*token, state, 1.0, None, out).spills <= 16

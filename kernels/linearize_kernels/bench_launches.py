@@ -32,7 +32,8 @@ def main(argv=None) -> int:
     s, dtype = SHAPES[choice.shape]._replace(B=choice.batch), getattr(torch, choice.sum)
     past, state = _past(s)
     state = DecodeState.from_state(state, window=s.window, dtype=dtype)
-    token, chosen = [_token(s, past, -1)[n] for n in ("q", "k", "v", "q_far", "k_far", "gate")], choose_launch(state)
+    token = [_token(s, past, -2)[n] for n in ("q", "k", "v", "q_far", "k_far", "gate")]
+    chosen = choose_launch(state, heads=s.H)
     out, gb, copy, wrong = torch.empty_like(token[0]), decode_cost(s, dtype).gb, measure_ceilings(rep=20).copy, 0
     print(f"{s.name}, batch {s.B}, {state.position.numel()} blocks, {gb * 1e3:.1f} MB; copy rate {copy:.0f} GB/s")
     for launch in dict.fromkeys([chosen, *(FEW if chosen.blocks == 1 else MANY)]):

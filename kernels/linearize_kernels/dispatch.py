@@ -185,7 +185,7 @@ def _try_decode_cuda(state, heads: int, decay: bool, forced: bool) -> Verdict:
         reason = f"Triton is faster below {cuda_decode.FEWEST_BLOCKS} blocks"
     if reason:
         return Verdict(False, reason)
-    return _test_decode(state, cuda_decode.choose_launch(state), heads, decay)
+    return _test_decode(state, cuda_decode.choose_launch(state, heads=heads), heads, decay)
 
 
 def decodes_in_cuda(state, *, heads: int, decay: bool, implementation: str = "auto") -> bool:
