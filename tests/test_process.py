@@ -175,7 +175,7 @@ def test_static_slots_hold_just_the_longest_row(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "kept", KEPT["kept"])
     source = write(tmp_path / "in.jsonl", [{"text": t} for t in ("so", "the old", "a")])
     for mode in ("eager", "static"):
-        run(folder, source, tmp_path / mode, max_new_tokens=3, mode=mode)
+        run(folder, source, tmp_path / mode, max_new_tokens=3, mode=mode, prefix="it is ")
     assert lines(tmp_path / "static") == lines(tmp_path / "eager") and len(lines(tmp_path / "static")) == 3
 
 
