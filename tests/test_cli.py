@@ -129,7 +129,7 @@ def test_options_are_frozen():
         ]
         + ["--dtype"],
         "process": ["--template", "--chat", "--prefix", "--batch", "--device"]
-        + ["--max-new-tokens", "--temperature", "--seed"],
+        + ["--max-new-tokens", "--max-length", "--temperature", "--seed"],
         "bench": [],
         "bench kernels": [],
         "bench generation": ["--against", "--shape", "--window", "--prompts", "--new", "--batches", "--sides"]
