@@ -4,11 +4,12 @@ import csv
 
 import pytest
 import torch
-from pico import convert, make_model
+from pico import convert, make_model, make_tokens
 from test_export import save_model
 
 from linearize import cli
 from linearize.architecture import linearize_
+from linearize.decoding import Decoder
 from linearize.export import export
 from linearize.loading import load_any
 from linearize.recipe import AttentionSettings, FeatureMapSettings
@@ -75,7 +76,6 @@ def test_ratios_take_the_better_teacher_and_each_sides_best():
 def test_weights_and_cache_are_counted_once():
     tied, untied = make_model(tie_word_embeddings=True), make_model(tie_word_embeddings=False)
     assert bench.weight_bytes(tied) == bench.weight_bytes(untied) == sum(p.nbytes for p in tied.parameters())
-    assert bench._is_converted(convert(tied)) and not bench._is_converted(untied)
 
 
 def test_random_weights_of_a_shape(monkeypatch):
@@ -106,3 +106,15 @@ def test_bench_kernels_passes_its_arguments_through(monkeypatch):
     monkeypatch.setattr("linearize_kernels.bench.main", given.append)
     assert cli.main(["bench", "kernels", "--only", "decode", "--csv", "x.csv"]) == 0
     assert given == [["--only", "decode", "--csv", "x.csv"]]
+
+
+def test_bytes_that_grow_count_as_far_as_rows_reach():
+    shape = 2 * 8 * 4  # k and v of a kv head of 8, float32
+    for settings, heads in (({}, 0), (dict(heads=[(0, 1)]), 1), (dict(keep_softmax=[1], heads=[(0, 1)]), 3), (None, 4)):
+        model = make_model() if settings is None else convert(make_model(), **settings)
+        assert bench._bytes_a_token(model) == heads * shape
+        decoder = Decoder(model, batch=3, mode="eager")
+        decoder.prefill(make_tokens(3, 30))
+        held = bench.cache_bytes(decoder.cache)
+        assert bench.bytes_read(decoder.cache, 30) == bench.bytes_read(decoder.cache, 40) == held
+        assert bench.bytes_read(decoder.cache, 10) == pytest.approx(held - 3 * 20 * heads * shape)

@@ -20,7 +20,7 @@ import transformers
 
 from linearize.decoding import Decoder
 from linearize.errors import LinearizeError
-from linearize.modeling_linearized import LinearizedMixin
+from linearize.linearized_cache import LinearizedCacheLayer
 from linearize.state import TOKENS_AT_ONCE, read
 
 SIDES = ("converted", "teacher-static", "teacher-dynamic")
@@ -138,11 +138,7 @@ def measure(model, side: str, prompt: int, new: int, batch: int, rate: float) ->
     result.bytes_a_row = held // batch
     result.decode_ms, result.decode_tokens_s = 1e3 * seconds / steps, batch * steps / seconds
     result.total_tokens_s = batch * new / (seconds * new / steps + batch * prompt / result.prefill_tokens_s)
-    moved = weight_bytes(model)
-    if _is_converted(model):
-        moved += held
-    else:  # keys and values up to the mean length, however large the buffer is
-        moved += batch * _kv_bytes_a_token(model) * (prompt + new / 2)
+    moved = weight_bytes(model) + bytes_read(decoder.cache, prompt + new / 2)
     result.roofline_percent = 100 * moved / rate / (seconds / steps)
     if model.device.type == "cuda":
         result.peak_gb = torch.cuda.max_memory_allocated() / 1e9
@@ -167,7 +163,7 @@ def _largest(model, side, prompt, new, rate) -> list[Result]:
     if one.bytes_a_row is None:
         return [one]
     free, _ = torch.cuda.mem_get_info()
-    row = one.bytes_a_row if _is_converted(model) else _kv_bytes_a_token(model) * (prompt + new)
+    row = one.bytes_a_row + _bytes_a_token(model) * (new - 16)
     batch = 1
     # at most nine tenths of what is free, with room for logits in float32 a few times over
     row += 4 * 4 * model.config.get_text_config().vocab_size
@@ -266,10 +262,20 @@ def cache_bytes(cache) -> int:
     return total
 
 
-def _kv_bytes_a_token(model) -> int:
-    from .memory import kv_cache_bytes
+def bytes_read(cache, length: float) -> float:
+    """Bytes of a cache that a step reads when rows are `length` long: softmax keys and values not beyond that."""
+    total = cache_bytes(cache)
+    for layer in cache.layers:
+        softmax = layer.kept if isinstance(layer, LinearizedCacheLayer) else layer
+        if softmax.is_initialized:
+            total -= (softmax.keys.nbytes + softmax.values.nbytes) * max(0, 1 - length / softmax.keys.shape[2])
+    return total
 
-    return kv_cache_bytes(model.config, 1, model.dtype.itemsize)
+
+def _bytes_a_token(model) -> int:
+    """What a row's memory grows by; 0 where all is linear."""
+    state = read(model, torch.zeros(1, 1, dtype=torch.long))
+    return state.num_bytes(2) - state.num_bytes(1)
 
 
 def _load(kind, folder, against, shape, dtype, device, window):
@@ -294,10 +300,6 @@ def _compile(model) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     for layer in model.get_decoder().layers:
         layer.compile(dynamic=False)
-
-
-def _is_converted(model) -> bool:
-    return isinstance(model, LinearizedMixin)
 
 
 def _timed(model, function):
