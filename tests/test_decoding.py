@@ -201,6 +201,14 @@ def test_softmax_rows_of_other_lengths_take_their_slots(name, mode):
         assert decoder.mask.shape[1] == 3, "columns of texts that are gone are gone"
 
 
+def test_rows_that_have_ended_stay_within_learned_positions():
+    model = convert(make_model("gpt2", max_position_embeddings=24)).to(DEVICE)
+    text = make_tokens(1, 20).to(DEVICE)
+    decoder = Decoder(model, batch=2, mode="eager")
+    answer = [decoder.replace(0, read(model, text), max_new_tokens=4), *decoder.decode_n(12)[0].tolist()]
+    assert answer == expected(model, text, torch.ones_like(text), new=4)[0].tolist() + [0] * 9
+
+
 def test_the_memory_of_a_long_run_is_bounded():
     for name, columns in ((None, None), ("heads", 30 + 5)):
         model = make_kept(name) if name else make()
