@@ -79,11 +79,11 @@ def make_kept(name):
     return model
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", [name for name in KEPT if name != "a layer"])
 def test_kept_softmax_decodes_in_a_fixed_number_of_slots(name):
     model, (ids, mask) = make_kept(name), (x[:2] for x in batch())
-    reference = expected(model, ids, mask)
-    assert torch.equal(generate(model, ids, mask, max_new_tokens=NEW, mode="static"), reference)
+    reference = expected(model, ids, mask, new=6)
+    assert torch.equal(generate(model, ids, mask, max_new_tokens=6, mode="static"), reference)
 
 
 @pytest.mark.parametrize("name", ["a layer", "heads"])
@@ -199,6 +199,14 @@ def test_softmax_rows_of_other_lengths_take_their_slots(name, mode):
     answers = put(0, read(model, texts[2])), put(1, read(model, texts[2]))
     if mode == "eager":
         assert decoder.mask.shape[1] == 3, "columns of texts that are gone are gone"
+
+
+def test_rows_that_have_ended_stay_within_learned_positions():
+    model = convert(make_model("gpt2", max_position_embeddings=24)).to(DEVICE)
+    text = make_tokens(1, 20).to(DEVICE)
+    decoder = Decoder(model, batch=2, mode="eager")
+    answer = [decoder.replace(0, read(model, text), max_new_tokens=4), *decoder.decode_n(12)[0].tolist()]
+    assert answer == expected(model, text, torch.ones_like(text), new=4)[0].tolist() + [0] * 9
 
 
 def test_the_memory_of_a_long_run_is_bounded():

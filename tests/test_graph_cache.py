@@ -128,7 +128,7 @@ def test_cache_implementation_static(monkeypatch):
     assert model._graph_cache[1] is not kept and not hasattr(other, "_graph_cache")
 
 
-def test_what_is_refused():
+def test_what_is_refused(monkeypatch):
     model, inputs = make(), batch()
     cache = GraphCache(model, batch=2, mode="eager")
     with pytest.raises(CacheError, match="beams"):
@@ -142,6 +142,10 @@ def test_what_is_refused():
     for options in (dict(num_beams=2), dict(prompt_lookup_num_tokens=3)):
         with pytest.raises(CacheError, match="is for greedy search and sampling"):
             model.generate(**row, cache_implementation="static", **{**OPTIONS, **options})
+    with monkeypatch.context() as patch:
+        patch.setattr("linearize.linearized_cache.__name__", "transformers_modules.x.linearized_cache")
+        with pytest.raises(CacheError, match="needs linearize"):  # the code of an exported folder
+            model.generate(**row, cache_implementation="static", **OPTIONS)
     with pytest.raises(CacheError, match="another model"):
         make().generate(**inputs, past_key_values=cache, **OPTIONS)
     with pytest.raises(CacheError, match="the last token alone"):

@@ -4,6 +4,7 @@ import json
 
 import datasets
 import pytest
+import torch
 from pico import make_tokens
 from test_export import CHAT, make_tokenizer, save_model
 
@@ -169,13 +170,15 @@ def test_rows_get_the_room_that_the_longest_needs(tmp_path, monkeypatch, given):
 
 def test_static_slots_hold_just_the_longest_row(tmp_path, monkeypatch):
     """In the interpreter, which is slow, 8 tokens are folded at once instead of 64."""
-    tl = pytest.importorskip("triton.language", reason="Triton is not installed")
-    monkeypatch.setattr("linearize_kernels.decode.FOLD", 8)
-    monkeypatch.setattr("linearize_kernels.decode_kernels.FOLD", tl.constexpr(8))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        tl = pytest.importorskip("triton.language", reason="Triton is not installed")
+        monkeypatch.setattr("linearize_kernels.decode.FOLD", 8)
+        monkeypatch.setattr("linearize_kernels.decode_kernels.FOLD", tl.constexpr(8))
     folder = make_folder(tmp_path / "kept", KEPT["kept"])
     source = write(tmp_path / "in.jsonl", [{"text": t} for t in ("so", "the old", "a")])
     for mode in ("eager", "static"):
-        run(folder, source, tmp_path / mode, max_new_tokens=3, mode=mode)
+        run(folder, source, tmp_path / mode, max_new_tokens=3, mode=mode, prefix="it is ", device=device)
     assert lines(tmp_path / "static") == lines(tmp_path / "eager") and len(lines(tmp_path / "static")) == 3
 
 

@@ -102,22 +102,18 @@ def measure(model, cell: Cell, rate: float) -> Result:
         _, seconds = _timed(model, lambda: decoder.decode_n(steps))
     how = "graph" if decoder.graph else "static" if decoder.is_static else f"eager {decoder.why_eager}"
     result.how = "; ".join(filter(None, [how.strip(), words, "memory made up" * cell.made_up]))
-    _fill_in(result, model, cache_bytes(decoder.cache), seconds / steps, skipped, rate)
+    _fill_in(result, model, decoder.cache, seconds / steps, skipped, rate)
     return result
 
 
-def _fill_in(result: Result, model, held: int, step_seconds: float, skipped: int, rate: float) -> None:
+def _fill_in(result: Result, model, cache, step_seconds: float, skipped: int, rate: float) -> None:
     """The figures that follow from the time of a step and the bytes of the cache."""
     batch, new = result.batch, result.new
-    result.bytes_a_row = held // batch
+    result.bytes_a_row = cache_bytes(cache) // batch
     result.decode_ms, result.decode_tokens_s = 1e3 * step_seconds, batch / step_seconds
     if result.prefill_tokens_s:
         result.total_tokens_s = batch * new / (step_seconds * new + batch * result.prompt / result.prefill_tokens_s)
-    if is_converted(model):
-        moved = held
-    else:  # keys and values up to the mean length of the timed steps, however large the buffer is
-        mean = result.prompt + skipped + WARMUP + result.steps / 2
-        moved = batch * mean * kv_cache_bytes(model.config, 1, model.dtype.itemsize)
+    moved = bytes_read(cache, result.prompt + skipped + WARMUP + result.steps / 2)  # at the mean length of these steps
     result.roofline_percent = 100 * (weight_bytes(model) + moved) / rate / step_seconds
     if model.device.type == "cuda":
         result.peak_gb = torch.cuda.max_memory_allocated() / 1e9
@@ -207,6 +203,16 @@ def cache_bytes(cache) -> int:
     for layer in cache.layers:
         own = getattr(layer, "num_bytes", None)
         total += own() if own else layer.keys.nbytes + layer.values.nbytes
+    return total
+
+
+def bytes_read(cache, length: float) -> float:
+    """Bytes of a cache that a step reads when rows are `length` long: softmax keys and values not beyond that."""
+    total = cache_bytes(cache)
+    for layer in cache.layers:
+        softmax = layer.kept if isinstance(layer, LinearizedCacheLayer) else layer
+        if softmax.is_initialized:
+            total -= (softmax.keys.nbytes + softmax.values.nbytes) * max(0, 1 - length / softmax.keys.shape[2])
     return total
 
 
