@@ -7,6 +7,8 @@ folds FOLD tokens into its sums at once, so a sample is FOLD replays: a figure h
 Counts: the sum is read each token and read and written once in FOLD; of ring slots, w - 1 + FOLD / 2 are held.
 """
 
+from functools import partial
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -25,12 +27,14 @@ REFERENCE_ROWS = 16  # the eager reference is timed at this batch only
 
 
 def bench_decode(s: Shape, names, *, limit: float, rep: float):
-    """Rows of one batch size: our kernel with both kinds of sums, then the peers named."""
+    """Rows of one batch size: our kernels with both kinds of sums, then the peers named."""
     floor = decode_cost(s, torch.float32).gb
     for dtype in (torch.float32, torch.bfloat16):
         role = "ours" if dtype == torch.float32 else ""
-        label = f"linearize decode, {str(dtype)[6:]} sum"
-        yield _row(s, label, role, decode_cost(s, dtype), floor, limit, lambda out, dtype=dtype: _ours(s, dtype, out))
+        for name, words in (("triton", ""), ("cuda", "CUDA, ")):
+            label = f"linearize decode, {words}{str(dtype)[6:]} sum"
+            work = partial(_ours, s, dtype, name)
+            yield _row(s, label, role, decode_cost(s, dtype), floor, limit, work)
     if "reference" in names and s.B == REFERENCE_ROWS:
         cost = decode_cost(s, torch.float32)
         yield _row(s, "reference", "", cost, floor, limit, lambda out: _reference(s, out, rep))
@@ -62,10 +66,11 @@ def _row(s, label, role, cost, floor, limit, work) -> Row:
     return Row(OPERATION, s.name, s.B, 1, label, role, result["error"], *result["times"], *cost, floor, note)
 
 
-def _ours(s: Shape, dtype, result) -> None:
+def _ours(s: Shape, dtype, implementation: str, result, launch=None) -> None:
+    """launch: instead of the chosen one."""
     from .decode import DecodeState, decode
 
-    options = dict(scaling=s.D**-0.5)
+    options, how = dict(scaling=s.D**-0.5), dict(implementation=implementation, launch=launch)
     past, state = _past(s)
     layers = max(4, -(-WORKING_SET // int(decode_cost(s, dtype).gb * 1e9)))
     states = [DecodeState.from_state(state, window=s.window, dtype=dtype) for _ in range(layers)]
@@ -76,13 +81,13 @@ def _ours(s: Shape, dtype, result) -> None:
     for t in range(CHECKED):
         token = _token(s, more, t)
         out = torch.full((s.B, s.H, 1, s.D), torch.nan, device="cuda", dtype=torch.bfloat16)
-        decode(**token, state=states[0], **options, out=out)
+        decode(**token, state=states[0], **options, **how, out=out)
         outputs.append(out[[0, -1]])  # the first and the last of rows that are all alike
     result["error"] = max(relative(x, expected[0, :, -CHECKED:]) for x in torch.cat(outputs, 2))
     if not result["error"] < LIMITS[dtype]:
         result["note"] = "WRONG"
     result["times"] = measure_graph(
-        lambda i: decode(**token, state=states[i], **options, out=out), layers, replays=FOLD, samples=3
+        lambda i: decode(**token, state=states[i], **options, **how, out=out), layers, replays=FOLD, samples=3
     )
     require_finite([out])
 

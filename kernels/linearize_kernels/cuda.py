@@ -75,7 +75,7 @@ class Kernel:
         attributes = driver.CUfunction_attribute
         largest = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked("driver", "cuFuncSetAttribute", self.function, largest, shared_bytes)
-        if shared_bytes >= 2**16:  # as many blocks on a multiprocessor as its memory holds
+        if shared_bytes:  # as much of a multiprocessor's cache as can be: several blocks shall fit
             carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
             _checked("driver", "cuFuncSetAttribute", self.function, carveout, 100)
         self.registers, self.spills = (

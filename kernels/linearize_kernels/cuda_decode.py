@@ -48,14 +48,18 @@ def why_not(state: DecodeState, *, heads: int) -> str:
     return next((reason for reason, fine in checks.items() if not fine), "")
 
 
-def choose_launch(state: DecodeState) -> Launch:
-    """Few blocks: latency counts, so everything is asked for at once. Many: several share a multiprocessor."""
+def choose_launch(state: DecodeState, *, heads: int) -> Launch:
+    """Few blocks: latency counts, so everything is asked for at once. Many: several share a multiprocessor.
+
+    heads: of the queries; a thread has 4 sums for each one of a group.
+    """
     few = state.position.numel() <= TARGET_PROGRAMS
     columns, threads = _columns(state), 256
     pieces, rows = (-(-size // (threads // (columns // 4))) for size in (state.total.shape[2], state.keys.shape[2]))
     if few:
         return Launch(threads, 1, min(pieces, 16), 4, rows <= EAGER_VALUES)
-    return Launch(threads, 4, min(pieces, 10), 4, False)
+    group = heads // state.keys.shape[1]
+    return Launch(threads, 4 if group <= 4 else 3 if group <= 8 else 2, min(pieces, 10), 4, False)
 
 
 def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch=None):
@@ -65,7 +69,7 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
     assert q.shape[2] == 1 and q.dtype == k.dtype == v.dtype == state.keys.dtype, "one token, of the state's dtype"
     assert k.shape[-1] == state.keys.shape[-1] and v.shape[-1] == state.values.shape[-1], "as wide as the state's"
     assert out.shape == (*q.shape[:-1], v.shape[-1]) and out.stride(-1) == 1, "out: [B, H, 1, V], dense at the end"
-    launch = launch or choose_launch(state)
+    launch = launch or choose_launch(state, heads=heads)
     defines, shared = _compile_options(
         launch, tuple(x.dtype for x in (q, state.total, state.ring_far, q_far, k_far, gate, out)),
         (heads // groups, q.shape[-1], v.shape[-1], q_far.shape[-1], state.window, state.num_sinks),
@@ -74,9 +78,9 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
     kernel = cuda.kernel("decode.cu", "decode_kernel", defines, shared, device=q.device.index)
     strides = [s for x in (q, k, v, q_far, k_far, gate, out) for s in x.stride()[:2]]
     kernel(
-        (state.position.numel(), 1, 1), (launch.threads, 1, 1),
+        (splits, groups, q.shape[0]), (launch.threads, 1, 1),
         q, k, v, q_far, k_far, gate, log_decay, out, state.total, state.norm, state.keys, state.values,
-        state.ring_far, state.ring_kind, state.position, state.offset, *strides, groups, splits,
+        state.ring_far, state.ring_kind, state.position, state.offset, *strides,
         scaling * math.log2(math.e),
     )  # fmt: skip
     return kernel
@@ -113,5 +117,5 @@ def _static_bytes(state: DecodeState, group: int) -> int:
     rows, features, map_dim = state.keys.shape[2] + 1, state.total.shape[2], state.ring_far.shape[-1]
     padded = 1 << (group - 1).bit_length()
     row = state.keys.element_size() << (state.keys.shape[-1] - 1).bit_length()
-    inputs = (group + 1) * row + 4 * _columns(state) + (group * (map_dim + 1) + map_dim) * 4
-    return inputs + (features + rows) * padded * 4 + features * 4 + padded * 4 + rows + 64
+    inputs = (group + 1) * row + 4 * _columns(state) + (group * (map_dim + 1) + FOLD * map_dim) * 4
+    return inputs + (features + rows) * padded * 4 + features * 4 + padded * 4 + rows + 1024

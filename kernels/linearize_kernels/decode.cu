@@ -23,7 +23,8 @@ __host__ __device__ constexpr int power(int size) { return size > 1 ? 2 * power(
 __host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
 
 constexpr int PAD = power(HEADS);  // heads, padded
-constexpr int VALUE_UNROLL = EAGER ? VALUES : least(VALUES, 4);
+constexpr int VALUE_ROUNDS = EAGER ? 1 : (VALUES * ELEMENT_BYTES + 15) / 16;
+constexpr int VALUE_UNROLL = (VALUES + VALUE_ROUNDS - 1) / VALUE_ROUNDS;  // that a thread holds at once
 constexpr float LOG2E = 1.4426950408889634f;
 #define NEVER __uint_as_float(0xff800000u)      // -infinity, the score of what is not seen
 enum Sort : signed char { UNSEEN, EXACT, FAR };  // how a row of sinks and ring counts
@@ -45,7 +46,9 @@ constexpr int DIM = ELEMENT_BYTES == 2 ? (HEAD_DIM + 31) / 32 * 32 : 4 * power(H
 
 struct __align__(16) Inputs {  // in shared memory
     ELEMENT queries[HEADS][DIM], key[HEAD_DIM], value[COLUMNS];
-    float far[HEADS][MAP_DIM], new_far[MAP_DIM], gate[HEADS];
+    float far[HEADS][MAP_DIM], new_far[MAP_DIM];
+    float4 old_far[FOLD - 1][MAP_DIM / 4];  // of what the window has left, newest first
+    float gate[HEADS];
 };
 
 // What a thread brings of SIZE elements to shared memory: all are asked for before one is waited for.
@@ -71,16 +74,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
     const ELEMENT* q, const ELEMENT* k, const ELEMENT* v, const Q_FAR* q_far, const K_FAR* k_far, const GATE* gate,
     const float* log_decay, OUT* out, SUM* total, float* norm, ELEMENT* keys, ELEMENT* values, RING_FAR* ring_far,
     signed char* ring_kind, int* position, const int* offset, int q_b, int q_h, int k_b, int k_h, int v_b, int v_h,
-    int qf_b, int qf_h, int kf_b, int kf_h, int g_b, int g_h, int o_b, int o_h, int groups, int splits, float scale) {
+    int qf_b, int qf_h, int kf_b, int kf_h, int g_b, int g_h, int o_b, int o_h, float scale) {
     DYNAMIC_SHARED(memory);
     __shared__ Inputs in;
     __shared__ __align__(16) float features[FEATURES][PAD];
     __shared__ __align__(16) float scores[ROWS + 1][PAD];  // then weights; the last row is the new token
     __shared__ float norms[FEATURES], far_factor[PAD];
-    __shared__ signed char sort[ROWS];
+    __shared__ signed char sort[(ROWS + THREADS - 1) / THREADS * THREADS];  // padded: written without a condition
     const int t = threadIdx.x, warp = t / 32, lane = t % 32;
-    const size_t own = blockIdx.x, bg = own / splits, b = bg / groups;  // own: this block's counter and normaliser
-    const int split = own % splits, g = bg % groups;
+    const int split = blockIdx.x, g = blockIdx.y;
+    const size_t b = blockIdx.z, bg = b * gridDim.y + g;
+    const size_t own = bg * gridDim.x + split;  // this block's counter and normaliser
     const int part = t / LANES, column = split * COLUMNS + t % LANES * 4;
     const bool works = part < PARTS && column < VALUE_DIM;
     total += bg * FEATURES * VALUE_DIM;
@@ -123,6 +127,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
     const Place place = {length, min(WINDOW - 1, age_limit), new_slot};
     Keys some;
     some.load(keys, 0, place);
+    const Fetch<(FOLD - 1) * (MAP_DIM / 4), RawFar> fetch_old([&](int i) {
+        const int age = WINDOW + i / (MAP_DIM / 4), slot = new_slot - age + (new_slot < age ? RING : 0);
+        const RawFar* at = reinterpret_cast<const RawFar*>(ring_far + slot * MAP_DIM) + i % (MAP_DIM / 4);
+        return age <= age_limit ? __ldcg(at) : RawFar();
+    });
 
     fetch_q.put(&in.queries[0][0]);
     fetch_k.put(in.key);
@@ -132,12 +141,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
     fetch_gate.put(in.gate);
     fetch_norms.put(norms);
 #pragma unroll
+    for (int i = 0; i < fetch_old.EACH; i++)
+        if (t + i * THREADS < (FOLD - 1) * (MAP_DIM / 4)) (&in.old_far[0][0])[t + i * THREADS] = widen(fetch_old.x[i]);
+#pragma unroll
     for (int i = 0; i < kinds.EACH; i++) {
         const int r = t + i * THREADS;
         int age = new_slot - (r - SINKS);
         age = age < 0 ? age + RING : age;
         const bool usable = r >= SINKS && kinds.x[i] == 1 && age > 0 && age <= age_limit;
-        if (r < ROWS) sort[r] = r < SINKS ? (r < length ? EXACT : UNSEEN) : !usable ? UNSEEN : age < WINDOW ? EXACT : FAR;
+        sort[r] = r < SINKS ? (r < length ? EXACT : UNSEEN) : !usable ? UNSEEN : age < WINDOW ? EXACT : FAR;
     }
     __syncthreads();
 
@@ -151,15 +163,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
         some.score(in, sort, scores, block, scale);
     }
     for (int i = t; i < (FOLD - 1) * HEADS; i += THREADS) {  // T(x) of what the window has left, and is not folded
-        const int age = WINDOW + i / HEADS, h = i % HEADS;
-        int slot = new_slot - age;
-        slot = slot < 0 ? slot + RING : slot;
+        const int age = WINDOW + i / HEADS, h = i % HEADS, slot = new_slot - age + (new_slot < age ? RING : 0);
         if (sort[SINKS + slot] != FAR) continue;
         float x = 0;
 #pragma unroll
-        for (int c = 0; c < MAP_DIM; c += 4) {
-            const float4 far = widen(__ldcg(reinterpret_cast<const RawFar*>(ring_far + slot * MAP_DIM + c)));
-            x += far.x * in.far[h][c] + far.y * in.far[h][c + 1] + far.z * in.far[h][c + 2] + far.w * in.far[h][c + 3];
+        for (int c = 0; c < MAP_DIM / 4; c++) {
+            const float4 far = in.old_far[i / HEADS][c];
+            const float* query = &in.far[h][4 * c];
+            x += far.x * query[0] + far.y * query[1] + far.z * query[2] + far.w * query[3];
         }
         scores[SINKS + slot][h] = in.gate[h] + log2f(0.5f * (1.f + x) * (1.f + x) + 0.5f) + rate * age;
     }
@@ -189,6 +200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
     }
 
     // One softmax in base 2 a head; the sum joins it with the gate for a score. Other warps go on to the sum.
+#pragma unroll 1
     for (int h = WARPS - 1 - warp; h < PAD; h += WARPS) {
         constexpr int EACH = (ROWS + 32) / 32;
         float score[EACH], top = norms[FEATURES - 1] > 0 && h < HEADS ? in.gate[h] : NEVER, denominator = 0, far = 0;
@@ -202,15 +214,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
             }
             top = warp_max(top);  // the token sees itself, so it is finite
             for (int f = lane; f < FEATURES; f += 32) far += features[f][h] * norms[f];
-            far *= exp2f(sum_score - top);
+            far *= exp2_fast(sum_score - top);
 #pragma unroll
-            for (int i = 0; i < EACH; i++) denominator += score[i] = exp2f(score[i] - top);
-            denominator = 1.f / warp_sum(denominator + far);
+            for (int i = 0; i < EACH; i++) denominator += score[i] = exp2_fast(score[i] - top);
+            denominator = __fdividef(1.f, warp_sum(denominator + far));
         }
 #pragma unroll
         for (int i = 0; i < EACH; i++)
             if (lane + 32 * i <= ROWS) scores[lane + 32 * i][h] = h < HEADS ? score[i] * denominator : 0.f;
-        if (lane == 0) far_factor[h] = h < HEADS ? exp2f(sum_score - top) * denominator : 0.f;
+        if (lane == 0) far_factor[h] = h < HEADS ? exp2_fast(sum_score - top) * denominator : 0.f;
     }
 
     float4 acc[PAD];

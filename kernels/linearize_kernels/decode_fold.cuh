@@ -12,6 +12,21 @@ __device__ __forceinline__ void fold(unsigned char* memory, SUM* total, float* n
     auto x = reinterpret_cast<float(*)[MAP_DIM]>(leaving + FOLD);
     const int t = threadIdx.x, column = t % LANES * 4;
     total += split * COLUMNS + column;
+#pragma unroll
+    for (int i = t; i < FOLD * LANES; i += THREADS) {
+        const int slot = (folded + i / LANES) % RING, c = split * COLUMNS + i % LANES * 4;
+        float4 value = make_float4(0, 0, 0, 0);
+        if (sort[slot] != UNSEEN && c < VALUE_DIM)
+            value = widen(__ldcg(reinterpret_cast<const RawValue*>(values + slot * VALUE_DIM + c)));
+        *reinterpret_cast<float4*>(&leaving[0][0] + 4 * i) = value;
+    }
+    for (int i = t; i < FOLD * (MAP_DIM / 4); i += THREADS) {
+        const int slot = (folded + i / (MAP_DIM / 4)) % RING;
+        float4 far = make_float4(0, 0, 0, 0);
+        if (sort[slot] != UNSEEN)
+            far = widen(__ldcg(reinterpret_cast<const RawFar*>(ring_far + slot * MAP_DIM) + i % (MAP_DIM / 4)));
+        *reinterpret_cast<float4*>(&x[0][0] + 4 * i) = far;
+    }
     for (int base = 0; base < FEATURES; base += PARTS * EACH) {
         float4 sums[EACH];
         const int first = base + part * EACH;
@@ -19,23 +34,6 @@ __device__ __forceinline__ void fold(unsigned char* memory, SUM* total, float* n
         for (int i = 0; i < EACH; i++)
             if (works && first + i < FEATURES)
                 sums[i] = widen(__ldcg(reinterpret_cast<const RawSum*>(total + (first + i) * VALUE_DIM)));
-        if (base == 0) {
-#pragma unroll 4
-            for (int i = t; i < FOLD * LANES; i += THREADS) {
-                const int slot = (folded + i / LANES) % RING, c = split * COLUMNS + i % LANES * 4;
-                float4 value = make_float4(0, 0, 0, 0);
-                if (sort[slot] != UNSEEN && c < VALUE_DIM)
-                    value = widen(__ldcg(reinterpret_cast<const RawValue*>(values + slot * VALUE_DIM + c)));
-                *reinterpret_cast<float4*>(&leaving[0][0] + 4 * i) = value;
-            }
-            for (int i = t; i < FOLD * (MAP_DIM / 4); i += THREADS) {
-                const int slot = (folded + i / (MAP_DIM / 4)) % RING;
-                float4 far = make_float4(0, 0, 0, 0);
-                if (sort[slot] != UNSEEN)
-                    far = widen(__ldcg(reinterpret_cast<const RawFar*>(ring_far + slot * MAP_DIM) + i % (MAP_DIM / 4)));
-                *reinterpret_cast<float4*>(&x[0][0] + 4 * i) = far;
-            }
-        }
         __syncthreads();
         for (int i = t; i < FOLD * AT_ONCE; i += THREADS) {
             const int f = base + i % AT_ONCE, token = i / AT_ONCE;

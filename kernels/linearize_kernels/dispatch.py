@@ -167,7 +167,7 @@ def can_decode_cuda(state, *, heads: int, decay: bool = False, forced: bool = Fa
     key = (state.total.device, *((x.dtype, x.shape) for x in tensors), state.position.shape, state.window, heads, decay)
     if (key, forced) not in _cuda_decodes:
         if state.total.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a graph is captured, and decode has not been tried yet: call can_decode or decode before")
+            raise RuntimeError("a graph is captured, and decode is not tested yet: call can_decode or decode before")
         _cuda_decodes[key, forced] = _try_decode_cuda(state, heads, decay, forced)
     return _cuda_decodes[key, forced]
 
@@ -185,7 +185,7 @@ def _try_decode_cuda(state, heads: int, decay: bool, forced: bool) -> Verdict:
         reason = f"Triton is faster below {cuda_decode.FEWEST_BLOCKS} blocks"
     if reason:
         return Verdict(False, reason)
-    return _test_decode(state, cuda_decode.choose_launch(state), heads, decay)
+    return _test_decode(state, cuda_decode.choose_launch(state, heads=heads), heads, decay)
 
 
 def decodes_in_cuda(state, *, heads: int, decay: bool, implementation: str = "auto") -> bool:
