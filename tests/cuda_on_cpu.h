@@ -145,13 +145,16 @@ __attribute__((noinline)) inline void resume(Fiber& fiber) {
     setcontext(&fiber.context);
 }
 
-// Runs the fibers of one block to their end.
+// Runs the fibers of one block to their end. A warp runs as far as it can before the next one does: what it reads too
+// early or writes too soon, for want of a barrier, shows in one order of warps or in the other.
 inline int run_block() {
     volatile size_t next = 0, waiting = 0, left = fibers.size();
     int event = _setjmp(scheduler);
     if (event == 2) return 1;
     if (event == 1) {
         waiting = 0;
+        size_t place = current - fibers.data();
+        next = (reversed ? fibers.size() - 1 - place : place) / 32 * 32;
         if (current->done) left = left - 1;
     }
     while (left) {
@@ -159,7 +162,7 @@ inline int run_block() {
         Fiber& fiber = fibers[reversed ? fibers.size() - 1 - place : place];
         bool stuck = fiber.done || (fiber.waits && fiber.waits->generation == fiber.since);
         if (!stuck) resume(fiber);
-        if (++waiting > fibers.size()) {
+        if (++waiting > 2 * fibers.size()) {
             for (Fiber& f : fibers) {
                 if (f.done) continue;
                 snprintf(message, sizeof message, "%d of %d threads wait at %s:%d for others that never come there",

@@ -97,8 +97,9 @@ def choose_segments(programs: int, chunks: int, head_dim: int, device) -> int:
 
 
 def _kernel(name: str, head_dim: int, sinks: int):
-    shared = (SHARED_BYTES if name == "prefill_kernel" else SUMS_SHARED_BYTES)[head_dim]
-    return cuda.kernel("prefill.cu", name, {"HEAD_DIM": head_dim, "SINKS": -(-sinks // 8) * 8}, shared)
+    if name == "prefill_sums_kernel":
+        return cuda.kernel("prefill.cu", name, {"HEAD_DIM": head_dim}, SUMS_SHARED_BYTES[head_dim])
+    return cuda.kernel("prefill.cu", name, {"HEAD_DIM": head_dim, "SINKS": -(-sinks // 8) * 8}, SHARED_BYTES[head_dim])
 
 
 def _aligned(x):
