@@ -33,9 +33,10 @@ def why_not(device: torch.device | str) -> str:
     except ImportError:
         return "cuda.bindings is not installed (it comes with torch for CUDA 13: pip install cuda-bindings)"
     try:
-        arch, newest = _arch_number(device), max(_checked("nvrtc", "nvrtcGetSupportedArchs")[1])
+        arch, known = _arch_number(device), _checked("nvrtc", "nvrtcGetSupportedArchs")
     except RuntimeError as error:  # its library is not found, or too old
         return f"NVRTC: {error}"
+    newest = max(known[1] if isinstance(known, tuple) else known)  # cuda.bindings before 13.3 give a count, too
     return "" if arch <= newest else f"NVRTC compiles up to sm_{newest}, and the GPU is sm_{arch}"
 
 
