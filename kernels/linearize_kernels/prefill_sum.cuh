@@ -206,7 +206,8 @@ __device__ __forceinline__ void write_total(float* total, Sum& sum, unsigned cha
 
 // The role of half the warps: loads ahead, keeps the sum, writes it for the others.
 __device__ __forceinline__ void keep_sum(unsigned char* shared, Rows k, Rows v, Rows k_far, const float* sums,
-                                         int num_sums, float* total, int first, int last, int length, int sinks, int warp, int lane) {
+                                         int num_sums, float* total, int first, int last, int length, int sinks,
+                                         int warp, int lane) {
     int half = warp / 4, in_half = 32 * (warp % 4) + lane;  // of the columns that this thread loads
     auto load = [&](int chunk, int place) {
         int token = chunk * CHUNK;
