@@ -289,7 +289,11 @@ def _report_decode(dtype, device) -> tuple[str, str, str]:
     k, k_far = torch.zeros(1, 3, 1, 64, device=device, dtype=dtype), torch.zeros(1, 3, 1, 16, device=device)
     state = State.empty(k, k, k_far, num_features=Taylor.num_features(16), sinks=4, ring=63)
     state = DecodeState.from_state(state, window=64)
-    verdict, chosen = can_decode(state, heads=9), requested()
-    if chosen in ("auto", "cuda") and can_decode_cuda(state, heads=9, forced=chosen == "cuda"):
-        return name, "cuda", "the self-test passed"
-    return name, "triton" if verdict else "reference", verdict.reason or "the self-test passed"
+    chosen, refused = requested(), ""
+    if chosen in ("auto", "cuda"):
+        verdict = can_decode_cuda(state, heads=9, forced=chosen == "cuda")
+        if verdict or chosen == "cuda":
+            return name, "cuda", verdict.reason or "the self-test passed"
+        refused = f"; not cuda: {verdict.reason}"
+    verdict = _can_decode_triton(state, heads=9, decay=False)
+    return name, "triton" if verdict else "reference", (verdict.reason or "the self-test passed") + refused
