@@ -155,10 +155,11 @@ def test_every_peer_has_a_candidate_and_ours_comes_first():
     s = SHAPES["8b"]._replace(T=4096)
     for operation in ("prefill", "forward", "forward + backward"):
         found = candidates(operation, s, PEERS)
-        assert found[0].role == "ours" and [c.role for c in found].count("ours") == 1
+        ours = 2 if operation == "prefill" else 1  # Triton, and CUDA
+        assert [c.role == "ours" for c in found] == [True] * ours + [False] * (len(found) - ours)
         assert [c.role for c in found].count("fla") == 3 and [c.role for c in found].count("cudnn") == 1
         for name in PEERS:
-            assert len(candidates(operation, s, [name])) > 1, name
+            assert len(candidates(operation, s, [name])) > ours, name
 
 
 def test_ratios_count_right_rows_of_the_same_group_only():

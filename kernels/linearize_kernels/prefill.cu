@@ -1,18 +1,19 @@
-// Prefill of hybrid attention, forward: bfloat16, head and value dim 64 or 128, map dim 16, window 64, up to 16 sinks, one text a
-// row from its first token. The function is reference.py's; the launcher is cuda_prefill.py.
+// Prefill of hybrid attention, forward: bfloat16, head and value dim 64 or 128, map dim 16, window 64, up to 16 sinks,
+// one text a row from its first token. The function is reference.py's; the launcher is cuda_prefill.py.
 //
 // A block walks one head (or a segment of it) in chunks of 64 tokens, c = 0, 1, … As a chunk is as long as the window,
 // a query at place r of chunk c sees:
 //     exactly             chunk c up to place r, chunk c - 1 from place r + 1 on, and the sinks;
 //     by T(x), by pairs   chunk c - 1 up to place r;
 //     through the sum S   all chunks before: S = Σ features(k_far) ⊗ v, and the same for 1 instead of v.
-// Four warps attend, 16 rows each. Four warps keep S in registers, add chunk c - 1 for the next step, and load ahead. For
-// 128 values there are twice as many of both, one set for each half of the values.
-// Between barriers A and B the attending warps read S(c) in shared memory while the others multiply; between B and A
-// they do everything else, while the others write S(c + 1). Rows of tensors travel by cp.async, a chunk ahead.
+// Four warps attend, 16 rows each. Four warps keep S in registers, add chunk c - 1 for the next step, and load ahead.
+// For 128 values there are twice as many of both, one set for each half of the values.
+// Between barriers A and B the attending warps read S(c) in shared memory, and score exact keys, while the others
+// multiply; between B and A they do everything else, while the others write S(c + 1). Rows of tensors travel by
+// cp.async, a chunk ahead.
 //
-// Features of x [16]: step s = 0 … 8 holds x_i x_(i+s), i = 0 … 15, indices mod 16; step 8 has every product twice, so its
-// upper half holds 1, 0, …, 0 instead; step 9 holds x itself. Squares count half, on the query's side.
+// Features of x [16]: step s = 0 … 8 holds x_i x_(i+s), i = 0 … 15, indices mod 16; step 8 has every product twice, so
+// its upper half holds 1, 0, …, 0 instead; step 9 holds x itself. Squares count half, on the query's side.
 // Of the normaliser only Σ x xᵀ (`gram`), Σ x and the number of keys are kept: Σ T(q·x) = n + q·Σx + ½ q·(Σ x xᵀ) q.
 //
 // Weights are taken in base 2. All sums run in a fixed order, in float32. A lane is (g, t) as in tensor_cores.cuh.
@@ -23,9 +24,9 @@
 #include "prefill_sum.cuh"
 #include "prefill_attend.cuh"
 
-// Grid (B · H, segments), 256 or 512 threads. Strides in elements: of batch, head, token. A segment is `span` chunks of 64.
-// total [B, G, 153, V + 1] float32: State.total after all tokens. sums [B · G, (segments - 1) · parts, SUM_FLOATS + GRAM_FLOATS] of
-// prefill_sums_kernel, each of span / parts chunks.
+// Grid (B · H, segments), 256 or 512 threads. Strides in elements: of batch, head, token. A segment is `span` chunks of
+// 64. total [B, G, 153, V + 1] float32: State.total after all tokens. sums [B · G, (segments - 1) · parts, SUM_FLOATS +
+// GRAM_FLOATS] of prefill_sums_kernel, each of span / parts chunks.
 extern "C" __global__ void __launch_bounds__(ATTENDERS + KEEPERS, BLOCKS) prefill_kernel(
     const bf16* q, const bf16* k, const bf16* v, const bf16* q_far, const bf16* k_far, const float* gate, bf16* out,
     float* total, const float* sums, int q_b, int q_h, int q_t, int k_b, int k_h, int k_t, int v_b, int v_h, int v_t,
@@ -37,10 +38,11 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS + KEEPERS, BLOCKS) prefil
     int h = blockIdx.x % heads, kv = h / group, chunks = (length + CHUNK - 1) / CHUNK;
     int first = segment * span, last = min(first + span, chunks) - 1;
     if (warp < ATTENDERS / 32) {
-        int block = blockIdx.x / 132 & 1 ? 3 - warp % 4 : warp % 4;  // the last rows have the most work: not always one scheduler's
+        // The last rows have the most work: not always on one scheduler. Blocks of one multiprocessor are 132 apart.
+        int block = (blockIdx.x / 132 + warp / 4) & 1 ? 3 - warp % 4 : warp % 4;
         attend(shared, {q + b * q_b + (long long)h * q_h, q_t}, {q_far + b * qf_b + (long long)h * qf_h, qf_t},
-               gate + b * g_b + (long long)h * g_h, g_t, out + b * o_b + (long long)h * o_h, o_t, first, last, length, sinks,
-               scale, block, warp / 4, lane);
+               gate + b * g_b + (long long)h * g_h, g_t, out + b * o_b + (long long)h * o_h, o_t, first, last, length,
+               sinks, scale, block, warp / 4, lane);
         if (segment == segments - 1 && h % group == 0)
             for (int i = 0; i < FINAL_MEETINGS; i++) meet();
     } else {
@@ -49,12 +51,13 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS + KEEPERS, BLOCKS) prefil
         keep_sum(shared, {k + b * k_b + (long long)kv * k_h, k_t}, {v + b * v_b + (long long)kv * v_h, v_t},
                  {k_far + b * kf_b + (long long)kv * kf_h, kf_t},
                  sums + row * (segments - 1) * parts * (SUM_FLOATS + GRAM_FLOATS), segment * parts,
-                 writes ? total + row * NUM_FEATURES * (HEAD_DIM + 1) : nullptr, first, last, length, sinks, warp - ATTENDERS / 32, lane);
+                 writes ? total + row * NUM_FEATURES * (HEAD_DIM + 1) : nullptr, first, last, length, sinks,
+                 warp - ATTENDERS / 32, lane);
     }
 }
 
-// What each `span` chunks add to the sums that segments start with: those one before a segment's, as a segment starts with
-// the sum before the chunk before it. Grid (B · G, number of sums), 128 or 256 threads.
+// What each `span` chunks add to the sums that segments start with: those one before a segment's, as a segment starts
+// with the sum before the chunk before it. Grid (B · G, number of sums), 128 or 256 threads.
 constexpr unsigned SUMS_V_AT = 0, SUMS_K_FAR_AT = HALVES * 2 * TILE, SUMS_TURNED_AT = SUMS_K_FAR_AT + 2 * FAR_TILE,
                    SUMS_GRAM_AT = SUMS_TURNED_AT + 2 * MAP * TURNED_ROW;
 static_assert(SUMS_GRAM_AT + GRAM_FLOATS * 4 == (HEAD_DIM == 64 ? 29760 : 46144), "cuda_prefill.py says so");
@@ -69,7 +72,8 @@ extern "C" __global__ void __launch_bounds__(KEEPERS, 4 / HALVES) prefill_sums_k
     unsigned char* gram = shared + SUMS_GRAM_AT;
     auto load = [&](int chunk) {
         int at = (chunk + 1) & 1, token = chunk * CHUNK;
-        copy_tile(shared + SUMS_V_AT + (2 * half + at) * TILE, values, token, CHUNK, sinks, length, 64 * half, thread % 128);
+        copy_tile(shared + SUMS_V_AT + (2 * half + at) * TILE, values, token, CHUNK, sinks, length, 64 * half,
+                  thread % 128);
         if (warp < 4) copy_far_tile(shared + SUMS_K_FAR_AT + at * FAR_TILE, keys, token, sinks, length, thread);
     };
     int first = int(blockIdx.y) * span - 1, end = first + span;

@@ -3,8 +3,8 @@
 
 // acc [16 rows, 64 values] = features(q_far) · S, and this lane's part of q·Σx + ½ q·(Σ x xᵀ) q for rows g and g + 8.
 // q_far: the first row. half_sum: place of S for these values.
-__device__ __forceinline__ void read_sum(float (&acc)[8][4], float (&norm)[2], const unsigned char* shared, const unsigned char* q_far,
-                                         unsigned half_sum, int lane) {
+__device__ __forceinline__ void read_sum(float (&acc)[8][4], float (&norm)[2], const unsigned char* shared,
+                                         const unsigned char* q_far, unsigned half_sum, int lane) {
     int g = lane >> 2, t = lane & 3;
     unsigned x[2][8];  // rows g and g + 8 as pairs of entries, from pair t on, turning around
 #pragma unroll
@@ -17,7 +17,8 @@ __device__ __forceinline__ void read_sum(float (&acc)[8][4], float (&norm)[2], c
     for (int s = 0; s < STEPS; s++) {
         unsigned a[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {  // fragment a[i]: row i % 2, entries from 2t + 8 (i / 2) on, times those s further
+        // fragment a[i]: row i % 2, entries from 2t + 8 (i / 2) on, times those s further
+        for (int i = 0; i < 4; i++) {
             const unsigned(&w)[8] = x[i % 2];
             int m = i / 2 * 4, n = (m + s / 2) % 8;
             unsigned right = s % 2 ? join_halves(w[n], w[(n + 1) % 8]) : w[n];
@@ -37,7 +38,8 @@ __device__ __forceinline__ void read_sum(float (&acc)[8][4], float (&norm)[2], c
     const float* linear = reinterpret_cast<const float*>(shared + GRAM_AT) + MAP * MAP + 2 * t;
     float4 part[2] = {gram[lane], gram[32 + lane]};
 #pragma unroll
-    for (int n = 0; n < 2; n++) {  // y = 2 Σx + (Σ x xᵀ) q, entries 8n … ; in two parts of bfloat16, to be all but exact
+    // y = 2 Σx + (Σ x xᵀ) q, entries 8n … ; in two parts of bfloat16, to be all but exact
+    for (int n = 0; n < 2; n++) {
         float y[4] = {2 * linear[8 * n], 2 * linear[8 * n + 1], 2 * linear[8 * n], 2 * linear[8 * n + 1]};
         float2 b0 = n ? make_float2(part[0].z, part[0].w) : make_float2(part[0].x, part[0].y);
         float2 b1 = n ? make_float2(part[1].z, part[1].w) : make_float2(part[1].x, part[1].y);
@@ -63,8 +65,8 @@ __device__ __forceinline__ void multiply_add_pair(Scores& c, const unsigned (&a)
     multiply_add(*reinterpret_cast<float(*)[4]>(&c[4]), a, b[2], b[3]);
 }
 
-// Where tiles block … block + 4 (of 16 keys) of chunks c - 1 and c lie in a ring of 12 tiles, in bytes. before: place of
-// chunk c - 1 in a ring of three chunks.
+// Where tiles block … block + 4 (of 16 keys) of chunks c - 1 and c lie in a ring of 12 tiles, in bytes. before: place
+// of chunk c - 1 in a ring of three chunks.
 typedef unsigned Tiles[5];
 
 __device__ __forceinline__ void find_tiles(Tiles& tiles, int before, int block) {
@@ -138,7 +140,8 @@ __device__ __forceinline__ void find_shift(float (&shift)[2], const Scores (&sco
 }
 
 // Scores become weights; adds them to total.
-__device__ __forceinline__ void exponentiate(Scores& scores, float (&total)[2], const float (&shift)[2], float scale, int count) {
+__device__ __forceinline__ void exponentiate(Scores& scores, float (&total)[2], const float (&shift)[2], float scale,
+                                             int count) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         if (i >= count) continue;
@@ -147,8 +150,8 @@ __device__ __forceinline__ void exponentiate(Scores& scores, float (&total)[2], 
     }
 }
 
-// Weights of 16 mapped keys: T(q_far · k_far) times the gate's weight. Keys before number `first` are sinks, or nothing;
-// edge: only keys up to the row's place count.
+// Weights of 16 mapped keys: T(q_far · k_far) times the gate's weight. Keys before number `first` are sinks, or
+// nothing; edge: only keys up to the row's place count.
 __device__ __forceinline__ void far_weights(Scores& weights, float (&total)[2], const unsigned (&q_far)[4],
                                             const unsigned char* far_tile, const float (&far_weight)[2], int first,
                                             bool edge, int lane) {
@@ -179,7 +182,8 @@ __device__ __forceinline__ void pack_weights(unsigned (&a)[4], const Scores& wei
     for (int i = 0; i < 4; i++) a[i] = pack_bf16(weights[2 * i], weights[2 * i + 1]);
 }
 
-// acc += weights [16 rows, 16 keys] · values of a tile of 16 keys. turn: 64 for a tile that begins at an odd sixteenth row.
+// acc += weights [16 rows, 16 keys] · values of a tile of 16 keys. turn: 64 for a tile that begins at an odd sixteenth
+// row.
 __device__ __forceinline__ void add_values(float (&acc)[8][4], const unsigned (&a)[4], const unsigned char* v_tile,
                                            unsigned turn, int lane) {
     unsigned place = tile_place(lane & 15, lane >> 4) ^ turn;
@@ -216,9 +220,10 @@ __device__ __forceinline__ void store_rows(bf16* out, int stride, unsigned char*
 // All weights of 16 rows but those through S: scales acc by the gate's weight, then adds the rest; total likewise.
 // far_tile: mapped keys of chunk c - 1.
 __device__ __forceinline__ void attend_pairs(float (&acc)[8][4], float (&total)[2], Scores (&scores)[5], Scores& sink,
-                                             const unsigned (&q_far)[4], const float (&gate)[2], const unsigned char* shared,
-                                             const unsigned char* far_tile, const Tiles& tiles, int before, int first_key,
-                                             int block, int half, float scale, int lane) {
+                                             const unsigned (&q_far)[4], const float (&gate)[2],
+                                             const unsigned char* shared, const unsigned char* far_tile,
+                                             const Tiles& tiles, int before,
+                                             int first_key, int block, int half, float scale, int lane) {
     float shift[2], far_weight[2];
     find_shift(shift, scores, sink, gate, scale);
 #pragma unroll
@@ -235,7 +240,8 @@ __device__ __forceinline__ void attend_pairs(float (&acc)[8][4], float (&total)[
         exponentiate(scores[n], total, shift, scale, 8);
         if (n == 0) {  // its other pairs are far
             Scores far;
-            far_weights(far, total, q_far, far_tile + 16 * block * FAR_ROW, far_weight, first_key - 16 * block, true, lane);
+            far_weights(far, total, q_far, far_tile + 16 * block * FAR_ROW, far_weight, first_key - 16 * block, true,
+                        lane);
 #pragma unroll
             for (int i = 0; i < 8; i++) scores[0][i] += far[i];
         }
@@ -259,11 +265,12 @@ __device__ __forceinline__ void attend_pairs(float (&acc)[8][4], float (&total)[
 }
 
 // The role of half the warps: rows 16 block … of every chunk, columns 64 half … of the values.
-__device__ __forceinline__ void attend(unsigned char* shared, Rows q, Rows q_far, const float* gate, int gate_stride, bf16* out,
-                                       int out_stride, int first, int last, int length, int sinks, float scale, int block,
-                                       int half, int lane) {
+__device__ __forceinline__ void attend(unsigned char* shared, Rows q, Rows q_far, const float* gate, int gate_stride,
+                                       bf16* out, int out_stride, int first, int last, int length, int sinks,
+                                       float scale, int block, int half, int lane) {
     int row = 16 * block, g = lane >> 2, t = lane & 3;
-    unsigned char *far_rows = shared + Q_FAR_AT + (CHUNK * half + row) * Q_FAR_ROW, *staged = shared + OUT_AT + half * TILE + row * 128;
+    unsigned char* far_rows = shared + Q_FAR_AT + (CHUNK * half + row) * Q_FAR_ROW;
+    unsigned char* staged = shared + OUT_AT + half * TILE + row * 128;
     auto q_tile = [&](int c) { return shared + Q_AT + (HALVES > 1 ? c % 2 * HALVES : 0) * TILE; };
     auto load_queries = [&](int c) {
         Rows columns = {q.at + 64 * half, q.stride};
@@ -295,16 +302,17 @@ __device__ __forceinline__ void attend(unsigned char* shared, Rows q, Rows q_far
         }
         __syncwarp();
         if (c < last) copy_far_queries(far_rows, q_far, 0, token + CHUNK, length, lane);
-        meet();  // B
+        if (!SCORES_FIRST) meet();  // B
         Scores scores[5] = {}, sink = {};
         Tiles tiles;
         find_tiles(tiles, before, block);
         exact_scores(scores, sink, shared, q_tile(c), tiles, block, lane);
         __syncwarp();
         if (HALVES == 1 && c < last) load_queries(c + 1);
+        if (SCORES_FIRST) meet();  // B
         mask_scores(scores, sink, c, block, sinks, lane);
-        attend_pairs(acc, total, scores, sink, x, far_gate, shared, shared + K_FAR_AT + before * FAR_TILE, tiles, before,
-                     sinks - (c - 1) * CHUNK, block, half, scale, lane);
+        attend_pairs(acc, total, scores, sink, x, far_gate, shared, shared + K_FAR_AT + before * FAR_TILE, tiles,
+                     before, sinks - (c - 1) * CHUNK, block, half, scale, lane);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             total[r] += __shfl_xor_sync(ALL_LANES, total[r], 1);

@@ -17,8 +17,10 @@ __device__ __forceinline__ void turn_keys(unsigned char* turned, const unsigned 
     *reinterpret_cast<uint4*>(to + MAP * TURNED_ROW) = eight;
 }
 
-// The chunk's values [32 of a side, 16 tokens] as A fragments, twice; tokens in the order in which turned keys have them.
-__device__ __forceinline__ void load_values(unsigned (&a)[2][2][4], const unsigned char* v_tile, int part, int side, int lane) {
+// The chunk's values [32 of a side, 16 tokens] as A fragments, twice; tokens in the order in which turned keys have
+// them.
+__device__ __forceinline__ void load_values(unsigned (&a)[2][2][4], const unsigned char* v_tile, int part, int side,
+                                            int lane) {
 #pragma unroll
     for (int step = 0; step < 2; step++) {
         int token = 32 * part + 8 * ((lane & 7) >> 1) + 4 * step + 2 * (lane >> 4) + (lane & 1);
@@ -29,8 +31,8 @@ __device__ __forceinline__ void load_values(unsigned (&a)[2][2][4], const unsign
 }
 
 // sum += valuesᵀ · features of a chunk. v_tile: of the first half of the columns; the second is `ring` bytes further.
-__device__ __forceinline__ void fold(Sum& sum, const unsigned char* v_tile, unsigned ring, const unsigned char* turned, int warp,
-                                     int lane) {
+__device__ __forceinline__ void fold(Sum& sum, const unsigned char* v_tile, unsigned ring,
+                                     const unsigned char* turned, int warp, int lane) {
     int half = warp & 1, side = warp >> 1, g = lane >> 2;
     v_tile += (side >> 1) * ring;
 #pragma unroll
@@ -99,9 +101,10 @@ __device__ __forceinline__ void write_sum(unsigned char* shared, const Sum& sum,
 #pragma unroll
         for (int m = 0; m < 2; m++) {
             const float(&low)[4] = sum[m][2 * s], (&high)[4] = sum[m][2 * s + 1];
-            unsigned place = SUM_AT + (side >> 1) * HALF_SUM + (((5 * half + s) * 4 + 2 * (side & 1) + m) * 32 + lane) * 16;
-            *reinterpret_cast<uint4*>(shared + place) = make_uint4(
-                pack_bf16(low[0], low[1]), pack_bf16(high[0], high[1]), pack_bf16(low[2], low[3]), pack_bf16(high[2], high[3]));
+            int part = 4 * (5 * half + s) + 2 * (side & 1) + m;
+            *reinterpret_cast<uint4*>(shared + SUM_AT + (side >> 1) * HALF_SUM + (part * 32 + lane) * 16) =
+                make_uint4(pack_bf16(low[0], low[1]), pack_bf16(high[0], high[1]), pack_bf16(low[2], low[3]),
+                           pack_bf16(high[2], high[3]));
         }
     }
 }
@@ -171,11 +174,11 @@ __device__ __forceinline__ void clear_from(unsigned char* v_tile, unsigned char*
             *reinterpret_cast<uint4*>(far_tile + n / 2 * FAR_ROW + n % 2 * 16) = make_uint4(0, 0, 0, 0);
 }
 
-// After the last chunk: folds what has left the window of the next token, and writes State.total [153, V + 1]. before, now:
-// places of the last two chunks in the rings.
+// After the last chunk: folds what has left the window of the next token, and writes State.total [153, V + 1]. before,
+// now: places of the last two chunks in the rings.
 constexpr int FINAL_MEETINGS = 6;
-__device__ __forceinline__ void write_total(float* total, Sum& sum, unsigned char* shared, int last, int before, int now, int end,
-                                            int sinks, int warp, int lane) {
+__device__ __forceinline__ void write_total(float* total, Sum& sum, unsigned char* shared, int last, int before,
+                                            int now, int end, int sinks, int warp, int lane) {
     int thread = 32 * warp + lane, rest = end - last * CHUNK;  // how many tokens of the last chunk
     unsigned char *v_before = shared + V_AT + before * TILE, *v_now = shared + V_AT + now * TILE;
     unsigned char *far_before = shared + K_FAR_AT + before * FAR_TILE, *far_now = shared + K_FAR_AT + now * FAR_TILE;
@@ -202,8 +205,9 @@ __device__ __forceinline__ void write_total(float* total, Sum& sum, unsigned cha
 }
 
 // The role of half the warps: loads ahead, keeps the sum, writes it for the others.
-__device__ __forceinline__ void keep_sum(unsigned char* shared, Rows k, Rows v, Rows k_far, const float* sums, int num_sums,
-                                         float* total, int first, int last, int length, int sinks, int warp, int lane) {
+__device__ __forceinline__ void keep_sum(unsigned char* shared, Rows k, Rows v, Rows k_far, const float* sums,
+                                         int num_sums, float* total, int first, int last, int length, int sinks,
+                                         int warp, int lane) {
     int half = warp / 4, in_half = 32 * (warp % 4) + lane;  // of the columns that this thread loads
     auto load = [&](int chunk, int place) {
         int token = chunk * CHUNK;
@@ -228,9 +232,10 @@ __device__ __forceinline__ void keep_sum(unsigned char* shared, Rows k, Rows v, 
     for (int c = first; c < last; c++) {
         wait_for_copies();
         meet();  // A
-        load(c + 1, next_in_ring(now));
+        if (!LOAD_LATE) load(c + 1, next_in_ring(now));
         fold(sum, shared + V_AT + before * TILE, RING, shared + TURNED_AT, warp, lane);
         meet();  // B
+        if (LOAD_LATE) load(c + 1, next_in_ring(now));
         write_sum(shared, sum, warp, lane);
         if (warp == GRAM_WARP) fold_gram(shared + GRAM_AT, shared + K_FAR_AT + before * FAR_TILE, lane);
         if (warp < 4) turn_keys(shared + TURNED_AT, shared + K_FAR_AT + now * FAR_TILE, warp, lane);

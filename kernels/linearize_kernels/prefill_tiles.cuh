@@ -10,6 +10,13 @@
 #ifndef BLOCKS
 #define BLOCKS (128 / HEAD_DIM)  // blocks that share a multiprocessor
 #endif
+// Where a step's work stands beside barrier B, which one half of the warps waits at for the other.
+#ifndef SCORES_FIRST
+#define SCORES_FIRST 1  // q kᵀ before it
+#endif
+#ifndef LOAD_LATE
+#define LOAD_LATE 0  // the next chunk's loads after it
+#endif
 
 constexpr int CHUNK = 64, HALVES = HEAD_DIM / 64, MAP = 16, STEPS = 10, NUM_FEATURES = 153;
 constexpr int KEEPERS = 128 * HALVES, ATTENDERS = 128 * HALVES;  // threads of either role
@@ -17,17 +24,19 @@ constexpr int SUM_FLOATS = STEPS * MAP * HEAD_DIM, GRAM_FLOATS = MAP * MAP + MAP
 constexpr unsigned ONES = 0x3f803f80u;                                             // 1, 1 in bfloat16
 #define INFINITE __uint_as_float(0x7f800000u)
 
-// Shared memory, in bytes. A tile has 64 rows of 64 numbers, swizzled by tile_place; head dim 128 takes two, one for each
-// half of the columns. Rings hold three chunks; a half's ring is in one piece.
+// Shared memory, in bytes. A tile has 64 rows of 64 numbers, swizzled by tile_place; head dim 128 takes two, one for
+// each half of the columns. Rings hold three chunks; a half's ring is in one piece.
 constexpr unsigned TILE = CHUNK * 128, RING = 3 * TILE, SINK_TILE = 16 * 128;
-constexpr unsigned FAR_ROW = 48, FAR_TILE = CHUNK * FAR_ROW, Q_FAR_ROW = 80, TURNED_ROW = 192, HALF_SUM = STEPS * MAP * 128;
+constexpr unsigned FAR_ROW = 48, FAR_TILE = CHUNK * FAR_ROW, Q_FAR_ROW = 80, TURNED_ROW = 192;
+constexpr unsigned HALF_SUM = STEPS * MAP * 128;
 constexpr unsigned K_AT = 0, V_AT = K_AT + HALVES * RING;
 constexpr unsigned Q_AT = V_AT + HALVES * RING;                      // one chunk; where warps share rows, two in turn
 constexpr unsigned OUT_AT = Q_AT + HALVES * HALVES * TILE;           // each warp's own 16 rows
 constexpr unsigned SUM_AT = OUT_AT + HALVES * TILE;                  // S in bfloat16, in the order of B fragments
 constexpr unsigned K_FAR_AT = SUM_AT + HALVES * HALF_SUM;            // a ring of three chunks
-constexpr unsigned Q_FAR_AT = K_FAR_AT + 3 * FAR_TILE;               // each warp's own rows, twice: a rotated row is one run
-constexpr unsigned TURNED_AT = Q_FAR_AT + HALVES * CHUNK * Q_FAR_ROW;  // k_far of one chunk [32, 64]: rows are dims, twice
+constexpr unsigned Q_FAR_AT = K_FAR_AT + 3 * FAR_TILE;  // each warp's own rows, twice: a rotated row is one run
+// k_far of one chunk [32, 64]: rows are dims, twice
+constexpr unsigned TURNED_AT = Q_FAR_AT + HALVES * CHUNK * Q_FAR_ROW;
 constexpr unsigned SINK_K_AT = TURNED_AT + 2 * MAP * TURNED_ROW, SINK_V_AT = SINK_K_AT + HALVES * SINK_TILE;
 constexpr unsigned GRAM_AT = SINK_V_AT + HALVES * SINK_TILE;         // Σ x xᵀ as C fragments, then Σ x; float32
 static_assert(GRAM_AT + GRAM_FLOATS * 4 == (HEAD_DIM == 64 ? 111680 : 223296), "cuda_prefill.py says so");
@@ -60,8 +69,8 @@ __device__ __forceinline__ int next_in_ring(int place) { return place == 2 ? 0 :
 
 // Rows first … first + count of a tensor into a tile; zeros for those outside low … high. 128 threads;
 // column: the first of 64.
-__device__ __forceinline__ void copy_tile(unsigned char* tile, Rows from, int first, int count, int low, int high, int column,
-                                          int thread) {
+__device__ __forceinline__ void copy_tile(unsigned char* tile, Rows from, int first, int count, int low, int high,
+                                          int column, int thread) {
     int token = first + thread / 8;
     const bf16* at = from.at + (long long)token * from.stride + column + thread % 8 * 8;
     unsigned place = tile_place(thread / 8, thread % 8);
@@ -72,7 +81,8 @@ __device__ __forceinline__ void copy_tile(unsigned char* tile, Rows from, int fi
 }
 
 // The same for 64 rows of mapped keys.
-__device__ __forceinline__ void copy_far_tile(unsigned char* tile, Rows from, int first, int low, int high, int thread) {
+__device__ __forceinline__ void copy_far_tile(unsigned char* tile, Rows from, int first, int low, int high,
+                                              int thread) {
     int row = thread / 2, piece = thread % 2, token = first + row;
     copy_async(tile + row * FAR_ROW + piece * 16, from.at + (long long)token * from.stride + piece * 8,
                token >= low && token < high);
@@ -89,7 +99,8 @@ __device__ __forceinline__ void copy_queries(unsigned char* tile, Rows from, int
 }
 
 // The same of mapped queries, each row twice.
-__device__ __forceinline__ void copy_far_queries(unsigned char* tile, Rows from, int row, int token, int length, int lane) {
+__device__ __forceinline__ void copy_far_queries(unsigned char* tile, Rows from, int row, int token, int length,
+                                                 int lane) {
     int i = lane / 2, piece = lane % 2;
     const bf16* at = from.at + (long long)(token + i) * from.stride + piece * 8;
     unsigned char* to = tile + (row + i) * Q_FAR_ROW + piece * 16;
