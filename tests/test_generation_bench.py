@@ -181,6 +181,23 @@ def test_random_weights_of_a_shape(monkeypatch):
     assert result.decode_ms > 0 and result.total_tokens_s < result.decode_tokens_s
 
 
+@pytest.mark.gpu
+def test_on_a_gpu(monkeypatch, tmp_path):
+    """Both sides in a graph; the largest batch is found, and kept in the file line by line."""
+    sizes = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=512)
+    monkeypatch.setitem(bench.SHAPES, "tiny", {**sizes, "num_key_value_heads": 2})
+    monkeypatch.setattr(generation_measure, "MAX_BATCH", 70)
+    results = bench.bench_generation(
+        shape="tiny", cells=[(1, 2), (128, 4), (128, "max")], new=200, steps=16, device="cuda", output=tmp_path / "run"
+    )
+    assert [r.batch for r in results] == [2, 4, 64] * 3 and all(r.decode_ms > 0 for r in results)
+    for r in results:
+        assert r.how.startswith("eager" if r.side == "teacher-dynamic" else "graph")
+        assert ("us a layer" in r.how) == (r.side != "converted")
+        assert r.steps == 16 and r.total_tokens_s > 0 and 0 < r.roofline_percent < 100
+    assert len((tmp_path / "run.csv").read_text().splitlines()) == 10
+
+
 def test_what_is_refused(folder, capsys):
     for words, said in (
         ((folder, "--shape", "based-1.3b"), "not both"),
