@@ -78,7 +78,8 @@ class LinearizedCacheLayer(CacheLayerMixin):
                 f"most {DRAFT_SLOTS} at a time (num_assistant_tokens, prompt_lookup_num_tokens)."
             )
         self.state = self.state.crop(count)
-        self.kept.crop(-count)
+        if self.kept.is_initialized:  # transformers before 5.18 crops what is not there
+            self.kept.crop(-count)
         if self.log_decay is not None:  # the sum is weighted as seen from the next token, now an earlier one
             undo = torch.exp((-count * self.log_decay.detach().float()).clamp_max(80))[:, None, None]
             self.state = replace(self.state, total=self.state.total * undo)

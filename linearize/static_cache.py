@@ -84,11 +84,12 @@ class StaticLinearLayer(LinearizedCacheLayer):
     def _fuse_maps(self) -> None:
         """Map and gate in one product a side: q [W_q | u] + [0 | b],  k W_k - c W_k. In place, where they exist."""
         linear = self.linear_attn
-        q_weight = torch.cat([linear.q_map, linear.gate_weight[..., None]], -1)  # [H, D, d + 1]
+        q_weight = torch.cat([linear.q_map, linear.gate_weight[..., None]], -1).float()  # [H, D, d + 1]
         q_bias = torch.zeros_like(q_weight[:, :1])
         q_bias[..., -1] = linear.gate_bias[:, None] if linear.far_enabled else -torch.inf
-        k_bias = -(linear.key_center[:, None] @ linear.k_map)
-        new = q_weight, q_bias, linear.k_map.clone(), k_bias, linear.log_decay
+        k_weight = linear.k_map.float()
+        k_bias = -(linear.key_center.float()[:, None] @ k_weight)
+        new = q_weight, q_bias, k_weight.clone(), k_bias, linear.log_decay
         if self.maps is None:
             self.maps = new
         for mine, x in zip(self.maps, new, strict=True):

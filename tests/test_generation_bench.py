@@ -102,7 +102,7 @@ def test_a_batch_that_does_not_fit_is_a_row_without_figures(monkeypatch, capsys)
     monkeypatch.setattr(bench, "largest_batch", lambda *_: 128)
     result = bench._largest(None, generation_measure.Cell("converted", 8, 4, "max"), 1e9)
     assert result.decode_ms is None and result.how == "does not fit"
-    assert tried[:4] == [128, 112, 96, 80] and tried[-1] == 1
+    assert tried[:4] == [128, 112, 96, 84] and tried[-1] == 1
     bench._report(result, None, first=True)
     assert "does not fit" in capsys.readouterr().out
 
@@ -186,7 +186,7 @@ def test_on_a_gpu(monkeypatch, tmp_path):
     """Both sides in a graph; the largest batch is found, and kept in the file line by line."""
     sizes = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=512)
     monkeypatch.setitem(bench.SHAPES, "tiny", {**sizes, "num_key_value_heads": 2})
-    monkeypatch.setattr(generation_measure, "MAX_BATCH", 70)
+    monkeypatch.setattr(generation_measure, "MAX_BATCH", 67)
     results = bench.bench_generation(
         shape="tiny", cells=[(1, 2), (128, 4), (128, "max")], new=200, steps=16, device="cuda", output=tmp_path / "run"
     )

@@ -192,8 +192,8 @@ def row_bytes(model, cell: Cell) -> float:
 
 
 def rounded_down(batch: int) -> int:
-    """To a multiple of 64, from 128 on; of 8, from 16 on."""
-    step = 64 if batch >= 128 else 8 if batch >= 16 else 1
+    """To a multiple of 16, from 128 on; of 4, from 32 on."""
+    step = 16 if batch >= 128 else 4 if batch >= 32 else 1
     return max(1, batch // step * step)
 
 
