@@ -302,14 +302,13 @@ __device__ __forceinline__ void attend(unsigned char* shared, Rows q, Rows q_far
         }
         __syncwarp();
         if (c < last) copy_far_queries(far_rows, q_far, 0, token + CHUNK, length, lane);
-        if (!SCORES_FIRST) meet();  // B
         Scores scores[5] = {}, sink = {};
         Tiles tiles;
         find_tiles(tiles, before, block);
         exact_scores(scores, sink, shared, q_tile(c), tiles, block, lane);
         __syncwarp();
         if (HALVES == 1 && c < last) load_queries(c + 1);
-        if (SCORES_FIRST) meet();  // B
+        meet();  // B; q kᵀ before it is faster
         mask_scores(scores, sink, c, block, sinks, lane);
         attend_pairs(acc, total, scores, sink, x, far_gate, shared, shared + K_FAR_AT + before * FAR_TILE, tiles,
                      before, sinks - (c - 1) * CHUNK, block, half, scale, lane);

@@ -232,10 +232,9 @@ __device__ __forceinline__ void keep_sum(unsigned char* shared, Rows k, Rows v, 
     for (int c = first; c < last; c++) {
         wait_for_copies();
         meet();  // A
-        if (!LOAD_LATE) load(c + 1, next_in_ring(now));
         fold(sum, shared + V_AT + before * TILE, RING, shared + TURNED_AT, warp, lane);
         meet();  // B
-        if (LOAD_LATE) load(c + 1, next_in_ring(now));
+        load(c + 1, next_in_ring(now));  // later than it could be: fewer registers live in fold
         write_sum(shared, sum, warp, lane);
         if (warp == GRAM_WARP) fold_gram(shared + GRAM_AT, shared + K_FAR_AT + before * FAR_TILE, lane);
         if (warp < 4) turn_keys(shared + TURNED_AT, shared + K_FAR_AT + now * FAR_TILE, warp, lane);

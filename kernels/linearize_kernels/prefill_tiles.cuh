@@ -7,16 +7,7 @@
 #ifndef SINKS
 #define SINKS 8  // places for sinks: 0, 8 or 16
 #endif
-#ifndef BLOCKS
 #define BLOCKS (128 / HEAD_DIM)  // blocks that share a multiprocessor
-#endif
-// Where a step's work stands beside barrier B, which one half of the warps waits at for the other.
-#ifndef SCORES_FIRST
-#define SCORES_FIRST 1  // q kᵀ before it
-#endif
-#ifndef LOAD_LATE
-#define LOAD_LATE 0  // the next chunk's loads after it
-#endif
 
 constexpr int CHUNK = 64, HALVES = HEAD_DIM / 64, MAP = 16, STEPS = 10, NUM_FEATURES = 153;
 constexpr int KEEPERS = 128 * HALVES, ATTENDERS = 128 * HALVES;  // threads of either role
