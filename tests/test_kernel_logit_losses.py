@@ -62,7 +62,10 @@ def test_the_rows_of_a_larger_tensor():
     torch.testing.assert_close(torch.stack([ce, kl]), torch.stack(exact[:2]), rtol=1e-5, atol=1e-5)
 
 
-def test_an_unknown_implementation():
+def test_an_implementation_that_there_is_not():
     (logits, teacher), labels = make()
     with pytest.raises(ValueError, match="choose one of"):
         logit_losses(logits, labels, teacher, implementation="fast")
+    for choice, dtype in (("cuda", torch.float32), ("triton", torch.float64)):
+        with pytest.raises(RuntimeError, match=f"asked to run in {choice}"):
+            logit_losses(logits.to(dtype), labels, implementation=choice)

@@ -208,7 +208,7 @@ def test_dispatch_forces_and_refuses(monkeypatch):
     with pytest.raises(RuntimeError, match="softcap"):
         attention(**inputs, **options, softcap=3.0, implementation="triton")
     with pytest.raises(ValueError, match="choose one of"):
-        attention(**inputs, **options, implementation="cuda")
+        attention(**inputs, **options, implementation="fast")
     monkeypatch.setenv("LINEARIZE_KERNELS", "triton")
     with pytest.raises(RuntimeError, match="gradients through a state"):
         attention(**{**inputs, "q": inputs["q"].clone().requires_grad_()}, **options, return_state=True)

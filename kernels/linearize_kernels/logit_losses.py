@@ -19,16 +19,21 @@ def logit_losses(logits, labels, teacher=None, *, implementation="auto"):
     """Sums over the tokens with a label: (cross-entropy, KL(teacher ‖ logits)), float32 scalars in nats.
 
     logits, teacher [N, V]; labels [N] int64, IGNORED where there is nothing to predict. Without a teacher KL is 0.
-    Differentiable in logits. "auto" takes Triton on a GPU; the reference makes float32 copies of all logits.
+    Differentiable in logits. "auto" takes Triton on a GPU, but for float64; the reference makes float32 copies of all
+    logits. Raises ValueError for an unknown implementation, RuntimeError where a forced one cannot run.
     """
     chosen = requested(implementation)
-    has_triton = importlib.util.find_spec("triton") is not None
-    if chosen == "triton" or (chosen == "auto" and logits.is_cuda and has_triton):
-        from .logit_loss_kernels import LogitLosses
+    if chosen == "auto":
+        fast = logits.is_cuda and logits.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+        chosen = "triton" if fast else "reference"
+    if chosen == "reference":
+        return logit_losses_reference(logits, labels, teacher)
+    if chosen != "triton" or logits.dtype == torch.float64:
+        raise RuntimeError(f"losses of logits were asked to run in {chosen}, {logits.dtype}: Triton has them, in float32")
+    from .logit_loss_kernels import LogitLosses
 
-        with torch.cuda.device_of(logits):
-            return LogitLosses.apply(logits, labels, teacher)
-    return logit_losses_reference(logits, labels, teacher)
+    with torch.cuda.device_of(logits):
+        return LogitLosses.apply(logits, labels, teacher)
 
 
 def logit_losses_reference(logits, labels, teacher=None):
