@@ -29,7 +29,8 @@ def logit_losses(logits, labels, teacher=None, *, implementation="auto"):
     if chosen == "reference":
         return logit_losses_reference(logits, labels, teacher)
     if chosen != "triton" or logits.dtype == torch.float64:
-        raise RuntimeError(f"losses of logits were asked to run in {chosen}, {logits.dtype}: Triton has them, in float32")
+        asked = f"losses of logits in {logits.dtype} were asked to run in {chosen}"
+        raise RuntimeError(f"{asked}: Triton has them, in float32")
     from .logit_loss_kernels import LogitLosses
 
     with torch.cuda.device_of(logits):
