@@ -89,7 +89,8 @@ class StaticLinearLayer(LinearizedCacheLayer):
         q_bias[..., -1] = linear.gate_bias[:, None] if linear.far_enabled else -torch.inf
         k_weight = linear.k_map.float()
         k_bias = -(linear.key_center.float()[:, None] @ k_weight)
-        new = q_weight, q_bias, k_weight.clone(), k_bias, linear.log_decay
+        log_decay = None if linear.log_decay is None else linear.log_decay.float()  # a whole model may be in bfloat16
+        new = q_weight, q_bias, k_weight.clone(), k_bias, log_decay
         if self.maps is None:
             self.maps = new
         for mine, x in zip(self.maps, new, strict=True):

@@ -7,9 +7,11 @@ import functools
 from dataclasses import fields, replace
 
 import cuda_emulator
+import pico
 import pytest
 import torch
 
+from linearize.decoding import Decoder
 from linearize_kernels import State, attention_quadratic, cuda, dispatch
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -144,6 +146,14 @@ CASES = {  # in the emulator each is a compilation of a second
         "prompt": 70, "tokens": FOLD + 6, "window": 64, "head_dim": 128, "dtype": BF16,
         "launch": Launch(threads=128, staged=0, unroll=3),
     },  # fmt: skip
+    "head and map dim 8": {
+        "head_dim": 8, "map_dim": 8, "groups": 2, "batch": 3, "window": 16, "sinks": 2, "decay": True, "pad": 9,
+        "prompt": 21, "dtype": BF16,
+    },  # fmt: skip
+    "head and map dim 8, 2 splits of many": {
+        "head_dim": 8, "map_dim": 8, "groups": 2, "window": 16, "sinks": 2, "decay": True, "prompt": 3, "dtype": BF16,
+        "splits": 2, "launch": Launch(),
+    },  # fmt: skip
     "gate above all, nothing far": {"prompt": 2, "tokens": 4, "far_gate": 300.0},
 }
 
@@ -158,6 +168,42 @@ def test_decode_is_the_reference(name):
 def test_the_order_of_threads_means_nothing(launch, monkeypatch):
     monkeypatch.setattr(cuda, "kernel", functools.partial(cuda_emulator.kernel, reverse=True))
     check(tokens=FOLD + 6, launch=launch, dtype=BF16)
+
+
+def test_a_decay_of_another_dtype_is_the_same_decay():
+    """Kernels are given its address alone, so that bfloat16 read as float32 is another decay, or anything at all."""
+    inputs, options, valid = make(prompt=12, tokens=8, heads=2, groups=2, decay=True)
+    log_decay, outputs = options["log_decay"].bfloat16(), []
+    for x in (log_decay.float(), log_decay, torch.stack([log_decay.float()] * 2, 1)[:, 0]):
+        state, how = prefilled(inputs, options, valid, 12), dict(scaling=options["scaling"], launch=Launch())
+        steps = [decode(**part(inputs, t, t + 1), state=state, log_decay=x, **how) for t in range(12, 20)]
+        outputs.append(torch.cat(steps, 2))
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    with pytest.raises(AssertionError, match="log_decay"):
+        step(part(inputs, 12, 13), state, {**options, "log_decay": log_decay})
+
+
+def test_a_model_in_bfloat16_decodes_as_with_its_own_cache(monkeypatch):
+    """Given tokens, so that no rounding is multiplied by another choice."""
+    if not ON_GPU:
+        monkeypatch.setattr(cuda, "why_not", lambda device: "")
+        monkeypatch.setattr(dispatch, "_cuda_decodes", {})
+    model = pico.convert(pico.make_model(), window=16, dim=8).to(DEVICE, BF16)
+    ids, mask = (x.to(DEVICE) for x in pico.pad([pico.make_tokens(1, n, seed=n)[0] for n in (21, 9, 14)]))
+    given, logits = pico.make_tokens(3, FOLD + 20, seed=5).to(DEVICE), {}
+    for kind, mode in (("float32", "eager"), ("eager", "eager"), ("static", "static")):
+        decoder, steps = Decoder(model.to(FLOAT if kind == "float32" else BF16), batch=3, mode=mode), []
+        decoder.prefill(ids, mask)
+        for token in given.T:
+            decoder.token.copy_(token)
+            decoder.decode_one()
+            steps.append(decoder.logits.float())
+        logits[kind] = torch.stack(steps, 1)
+    state = decoder.cache.layers[0].decode_state
+    verdict = dispatch.can_decode_cuda(state, heads=4, decay=True)
+    assert verdict, verdict.reason
+    rounding = pico.relative_error(logits["eager"], logits["float32"])
+    assert pico.relative_error(logits["static"], logits["float32"]) < 1.5 * rounding < 0.1
 
 
 def test_state_survives_the_round_trip():
@@ -245,6 +291,7 @@ GPU_CASES = {
     "large batch": {"batch": 300, "tokens": 40},
     **{f"head dim {x}": {"head_dim": x} for x in (16, 64, 80, 96, 112, 128)},
     **{f"map dim {x}": {"map_dim": x} for x in (8, 24, 32)},
+    "head and map dim 8": {"head_dim": 8, "map_dim": 8, "window": 16, "decay": True},
     **{f"{h} heads, {g} groups": {"heads": h, "groups": g} for h, g in ((3, 3), (9, 3), (16, 2), (16, 1), (10, 2))},
     **{f"window {w}": {"window": w, "prompt": w + 30} for w in (2, 16, 128, 256)},
     **{f"{n} splits": {"splits": n, "head_dim": 128} for n in (1, 2, 4, 8)},

@@ -1,5 +1,8 @@
 """The CUDA loader, and that the emulator which stands in for a GPU sees the faults it shall see."""
 
+import sys
+import types
+
 import cuda_emulator
 import pytest
 import torch
@@ -84,6 +87,21 @@ def test_arguments_are_packed_by_type():
 
 def test_no_gpu_is_a_reason():
     assert "NVIDIA GPU" in cuda.why_not("cpu")
+
+
+@pytest.mark.parametrize("known", [([80, 90, 100],), (3, [80, 90, 100])], ids=["a list", "a count and a list"])
+@pytest.mark.parametrize(("capability", "reason"), [((10, 0), ""), ((12, 0), "up to sm_100, and the GPU is sm_120")])
+def test_a_gpu_newer_than_nvrtc_is_a_reason(known, capability, reason, monkeypatch):
+    """cuda.bindings tell the architectures with their count (13.0) or without it (13.3)."""
+    bindings = types.ModuleType("cuda.bindings")
+    bindings.driver = types.SimpleNamespace()
+    bindings.nvrtc = types.SimpleNamespace(nvrtcGetSupportedArchs=lambda: (0, *known))
+    monkeypatch.setitem(sys.modules, "cuda", types.ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = cuda.why_not.__wrapped__("cuda")
+    assert found.endswith(reason) and bool(found) == bool(reason)
 
 
 @pytest.mark.gpu

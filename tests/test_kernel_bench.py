@@ -11,7 +11,7 @@ from pico import relative_error
 from linearize_kernels import attention_quadratic
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from linearize_kernels import bench  # noqa: E402
+from linearize_kernels import bench, bench_launches  # noqa: E402
 from linearize_kernels.bench_chart import derive, draw_chart, groups, panels_of, table, write_csv  # noqa: E402
 from linearize_kernels.bench_decode import decode_cost  # noqa: E402
 from linearize_kernels.bench_measure import (  # noqa: E402
@@ -201,6 +201,11 @@ def test_the_chart_is_drawn_of_what_was_timed(tmp_path):
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     assert "no row has a time" in draw_chart(tmp_path / "b.png", [make_rows()[-1]], CEILINGS, "title")
     assert not (tmp_path / "b.png").exists()
+
+
+def test_a_launchs_rate_is_bytes_over_time():
+    """0.1 GB in 50 us, where copies go at 2500 GB/s."""
+    assert bench_launches.rate(gb=0.1, ms=0.05, copy=2500.0) == "2000 GB/s, 80 %"
 
 
 def test_failures_become_notes(monkeypatch):

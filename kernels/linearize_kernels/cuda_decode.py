@@ -24,7 +24,7 @@ class Launch(NamedTuple):
 
     threads: int = 256
     blocks: int = 4  # a multiprocessor, at least: what registers of a thread are limited to
-    staged: int = 10  # pieces of the sum that a thread asks for at once
+    staged: int = 8  # pieces of the sum that a thread asks for at once
     unroll: int = 4  # and then so many
     eager: bool = False
 
@@ -59,7 +59,8 @@ def choose_launch(state: DecodeState, *, heads: int) -> Launch:
     if few:
         return Launch(threads, 1, min(pieces, 16), 4, rows <= EAGER_VALUES)
     group = heads // state.keys.shape[1]
-    return Launch(threads, 4 if group <= 4 else 3 if group <= 8 else 2, min(pieces, 10), 4, False)
+    blocks, staged = (4, 8) if group <= 4 else (3, 10) if group <= 8 else (2, 10)
+    return Launch(threads, blocks, min(pieces, staged), 4, False)
 
 
 def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch=None):
@@ -69,11 +70,13 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
     assert q.shape[2] == 1 and q.dtype == k.dtype == v.dtype == state.keys.dtype, "one token, of the state's dtype"
     assert k.shape[-1] == state.keys.shape[-1] and v.shape[-1] == state.values.shape[-1], "as wide as the state's"
     assert out.shape == (*q.shape[:-1], v.shape[-1]) and out.stride(-1) == 1, "out: [B, H, 1, V], dense at the end"
+    decay = log_decay is not None
+    assert not decay or (log_decay.dtype == torch.float32 and log_decay.is_contiguous()), "log_decay: dense, float32"
     launch = launch or choose_launch(state, heads=heads)
     defines, shared = _compile_options(
         launch, tuple(x.dtype for x in (q, state.total, state.ring_far, q_far, k_far, gate, out)),
         (heads // groups, q.shape[-1], v.shape[-1], q_far.shape[-1], state.window, state.num_sinks),
-        _columns(state), log_decay is not None,
+        _columns(state), decay,
     )  # fmt: skip
     kernel = cuda.kernel("decode.cu", "decode_kernel", defines, shared, device=q.device.index)
     strides = [s for x in (q, k, v, q_far, k_far, gate, out) for s in x.stride()[:2]]

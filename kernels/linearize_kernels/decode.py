@@ -127,14 +127,16 @@ def decode(
     """Hybrid attention of one new token a row, after what `state` holds; `state` is changed in place.
 
     q [B, H, 1, D], k [B, G, 1, D], v [B, G, 1, V] of one dtype (float32 or bfloat16), q_far [B, H, 1, d],
-    k_far [B, G, 1, d], gate [B, H, 1], log_decay [G] float32: as in `attention_quadratic`. No token is
-    padding. out: where the result [B, H, 1, V] goes, or None for a new tensor. launch: a `Launch` (of this
-    file or of cuda_decode.py) instead of the chosen one, to measure. implementation: "auto", "triton" or "cuda";
-    "auto" takes CUDA where `can_decode_cuda` agrees. Returns out. Not differentiable. Raises RuntimeError where
-    CUDA is forced and cannot run, and where a graph is captured before it is known whether CUDA can.
+    k_far [B, G, 1, d], gate [B, H, 1], log_decay [G]: as in `attention_quadratic`; a log_decay that is not dense
+    float32 costs a conversion a token. No token is padding. out: where the result [B, H, 1, V] goes, or None for a
+    new tensor. launch: a `Launch` (of this file or of cuda_decode.py) instead of the chosen one, to measure.
+    implementation: "auto", "triton" or "cuda"; "auto" takes CUDA where `can_decode_cuda` agrees. Returns out. Not
+    differentiable. Raises RuntimeError where CUDA is forced and cannot run, and where a graph is captured before it
+    is known whether CUDA can.
     """
     if out is None:
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    log_decay = None if log_decay is None else log_decay.detach().float().contiguous()
     arguments = q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch
     if not _takes_cuda(q, state, log_decay, launch, implementation):
         launch_decode(*arguments)
