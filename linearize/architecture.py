@@ -267,7 +267,7 @@ def _verify(model, expected) -> None:
     parallel = model(input_ids=tokens, use_cache=False).logits
     cache, pieces = model.make_cache(), []
     for piece in tokens.split([NUM_PROBE_TOKENS - 2, 1, 1], 1):
-        pieces.append(model(input_ids=piece, past_key_values=cache, use_cache=True).logits)
+        pieces.append(model(input_ids=piece, use_cache=True, **{modeling.CACHE: cache}).logits)
     model.train(training)
     _require_close(model, short, expected, "on a text shorter than the window the logits differ from the base model's")
     _require_close(model, torch.cat(pieces, 1), parallel, "through a cache the logits differ from those without one")

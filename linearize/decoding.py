@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from .errors import LinearizeError
+from .modeling_linearized import CACHE
 from .rows import put, take
 from .sampling import Sampler, Sampling
 from .state import State, read
@@ -131,7 +132,7 @@ class Decoder:
             mask = self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
         out = self.model(
             input_ids=self.token[:, None], position_ids=self.position[:, None], attention_mask=mask,
-            past_key_values=self.cache, use_cache=True,
+            use_cache=True, **{CACHE: self.cache},
         )  # fmt: skip
         self.logits = out.logits[:, -1]
         self._choose(self.logits)

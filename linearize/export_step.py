@@ -20,7 +20,7 @@ from torch import nn
 
 from .errors import ModelError
 from .linear_attention import State
-from .modeling_linearized import attention_modules, linear_attentions
+from .modeling_linearized import CACHE, attention_modules, linear_attentions
 
 NAMES = [f.name for f in fields(State)]
 
@@ -48,7 +48,7 @@ class DecodeStep(nn.Module):
             layer.state = State(*state[i * len(NAMES) : (i + 1) * len(NAMES)])
             layer.is_initialized = True
         out = self.model(
-            input_ids=token[:, None], position_ids=position[:, None], past_key_values=cache, use_cache=True
+            input_ids=token[:, None], position_ids=position[:, None], use_cache=True, **{CACHE: cache}
         )
         return out.logits[:, -1], flatten(cache)
 

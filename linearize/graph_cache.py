@@ -4,7 +4,8 @@
     model.generate(ids, past_key_values=cache)      # transformers' own loop, processors, criteria and streamers
     cache.reset()                                   # else the next call goes on with the same text
 
-`model.generate(ids, cache_implementation="static")` makes one and keeps it with the model.
+Since transformers 5.24 the argument is called `cache`. `model.generate(ids, cache_implementation="static")` makes one
+and keeps it with the model.
 
 B batch, T time, V vocabulary
 """
@@ -15,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .decoding import Decoder
 from .linearized_cache import CacheError
+from .modeling_linearized import CACHE
 from .sampling import Sampling
 from .state import read
 
@@ -25,6 +27,8 @@ class GraphCache(Cache):
     Raises StaticError where the model or the machine cannot have the mode. Beams and assisted decoding, which change
     or take back rows, are refused.
     """
+
+    is_linear = (False,)  # so that generate leaves what has been read already out of a prompt
 
     def __init__(self, model, *, batch: int = 1, max_length: int | None = None, mode: str = "graph"):
         super().__init__(layers=[])
@@ -74,7 +78,7 @@ class GraphCache(Cache):
                 self.decoder.decode_one()
             logits = self.decoder.logits.clone()
         self.seen += length
-        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self)
+        return CausalLMOutputWithPast(logits=logits[:, None], **{CACHE: self})
 
     def _check_positions(self, mask, position_ids) -> None:
         """Raises CacheError for other positions than each row's count of tokens."""
@@ -87,7 +91,7 @@ class GraphCache(Cache):
 
     def _refuse(self, *_):
         raise CacheError("a GraphCache cannot reorder, repeat or take back rows: beams and assisted decoding need "
-                         "the model's own cache; leave past_key_values and cache_implementation out")  # fmt: skip
+                         f"the model's own cache; leave {CACHE} and cache_implementation out")  # fmt: skip
 
     reorder_cache = batch_repeat_interleave = batch_select_indices = crop = activate_past_recording = _refuse
 

@@ -41,6 +41,8 @@ from .softmax_heads import kept_attention, softmax_function
 
 LINEARIZED = "linearized"  # model type, and the attention implementation in which converted layers are linear
 TEACHER = "linearized_teacher"  # the attention implementation in which they run the base model's softmax
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # since transformers 5.24; before; in GPT-NeoX before
+CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
 CAUSAL_LM = ("ForCausalLM", "LMHeadModel")  # how transformers' class names of causal language models end
 
 
@@ -78,7 +80,7 @@ def _cache_layer(module, cache):
     if not isinstance(layer, LinearizedCacheLayer):
         raise CacheError(
             f"the cache handed to the model ({type(cache).__name__}) holds no state for converted layer "
-            f"{module.layer_idx}. Leave past_key_values out, or pass model.make_cache()."
+            f"{module.layer_idx}. Leave {CACHE} out, or pass model.make_cache()."
         )
     return layer
 
@@ -143,10 +145,13 @@ class LinearizedAttentionMixin:
 
     def forward(self, **kwargs):
         if self.config._attn_implementation == LINEARIZED:
-            for name in ("past_key_values", "layer_past"):  # GPT-NeoX calls it layer_past
-                if name in kwargs:
-                    kwargs["linear_cache"] = kwargs.pop(name)
+            kwargs = rename_cache(kwargs, "linear_cache")
         return super().forward(**kwargs)
+
+
+def rename_cache(kwargs: dict, name: str) -> dict:
+    """Arguments of a forward in which the cache, whatever it is called, is called `name`."""
+    return {name if key in CACHE_NAMES else key: value for key, value in kwargs.items()}
 
 
 @functools.cache
@@ -248,9 +253,9 @@ class LinearizedMixin:
         attach(self)
 
     def forward(self, **kwargs):
-        implementation = self.config._attn_implementation
+        implementation, kwargs = self.config._attn_implementation, rename_cache(kwargs, CACHE)
         if implementation == LINEARIZED:
-            run_model = getattr(kwargs.get("past_key_values"), "run_model", None)
+            run_model = getattr(kwargs.get(CACHE), "run_model", None)
             if run_model is not None:  # a GraphCache
                 return run_model(self, **kwargs)
             kwargs.update(with_linear_context(self, **kwargs))
@@ -271,11 +276,11 @@ class LinearizedMixin:
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         mine = self.config._attn_implementation == LINEARIZED and generation_config.use_cache is not False
-        if not mine or model_kwargs.get("past_key_values") is not None:
+        if not mine or model_kwargs.get(CACHE) is not None:
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        model_kwargs["past_key_values"] = chosen_cache(self, generation_config, *args, **kwargs)
+        model_kwargs[CACHE] = chosen_cache(self, generation_config, *args, **kwargs)
         if generation_config.is_assistant:
-            model_kwargs["past_key_values"].activate_past_recording()
+            model_kwargs[CACHE].activate_past_recording()
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
@@ -307,11 +312,10 @@ class LinearizedMixin:
 
 def code_files() -> list[Path]:
     """The source files an exported folder needs; wherever they lie, they go side by side into the folder."""
-    reference = sys.modules[hybrid_attention.__module__].__file__
-    states = [Path(sys.modules[x.__module__].__file__) for x in (State, FEATURE_MAPS["taylor"])]
+    parts = (hybrid_attention, State, FEATURE_MAPS["taylor"])
+    reference, *others = (Path(sys.modules[part.__module__].__file__) for part in parts)
     names = ("modeling_linearized", "linear_attention", "linearized_cache", "softmax_heads")
-    own = [Path(__file__).with_name(f"{name}.py") for name in names]
-    return own + [Path(reference).with_name("reference.py")] + states
+    return [*(Path(__file__).with_name(f"{n}.py") for n in names), reference.with_name("reference.py"), *others]
 
 
 def _padding(attention_mask, batch, length):
@@ -337,19 +341,20 @@ def _packed_segments(position_ids, batch):
 
 
 def with_linear_context(model, *, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None,
-                        past_key_values=None, use_cache=None, **_):  # fmt: skip
+                        use_cache=None, **others):  # fmt: skip
     """The arguments of a forward call that converted layers need changed or added."""
+    cache = others.get(CACHE)
     batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
     segments = None if attention_mask is not None else _packed_segments(position_ids, batch)
-    if segments is not None and (use_cache or past_key_values is not None):
+    if segments is not None and (use_cache or cache is not None):
         raise CacheError("packed documents (position_ids that restart) share no cache: pass use_cache=False")
     if use_cache is None:
         use_cache = model.config.use_cache and not model.training and segments is None
-    if use_cache and past_key_values is None:
-        past_key_values = model.make_cache()
-    static = getattr(past_key_values, "static_shapes", False)  # one token a row, and the mask is for softmax layers
+    if use_cache and cache is None:
+        cache = model.make_cache()
+    static = getattr(cache, "static_shapes", False)  # one token a row, and the mask is for softmax layers
     context = LinearContext(None if static else _padding(attention_mask, batch, length), segments)
-    return {"past_key_values": past_key_values, "use_cache": use_cache, "linear_context": context}
+    return {CACHE: cache, "use_cache": use_cache, "linear_context": context}
 
 
 def linearized_class(base):

@@ -24,6 +24,7 @@ from linearize_kernels.state import State as LayerState
 from .errors import LinearizeError
 from .kept_softmax import has_softmax
 from .linearized_cache import LinearizedCacheLayer
+from .modeling_linearized import CACHE
 
 CHUNK = 4096  # tokens of a row that go through the model at once
 TOKENS_AT_ONCE = 32768  # tokens of all rows that do
@@ -205,7 +206,7 @@ def _read_rows(model, input_ids, mask, before, chunk) -> State:
         stop = min(start + chunk, input_ids.shape[1])
         out = model(
             input_ids=input_ids[:, start:stop], attention_mask=mask[:, : num_old + stop],
-            position_ids=position_ids[:, num_old + start : num_old + stop], past_key_values=cache, use_cache=True,
+            position_ids=position_ids[:, num_old + start : num_old + stop], use_cache=True, **{CACHE: cache},
             logits_to_keep=1,
         )  # fmt: skip
     tokens = input_ids.masked_fill(mask[:, num_old:] == 0, -1)
