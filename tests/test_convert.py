@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_export import read_log, save_model, save_recipe, save_text, steps_of
+from test_export import read_log, save_model, save_recipe, steps_of
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from linearize import cli, convert, errors, plan, shipped
@@ -23,16 +23,6 @@ from linearize.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval")])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return save_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 def environment(**more) -> dict:

@@ -7,12 +7,14 @@ import functools
 from dataclasses import fields, replace
 
 import cuda_emulator
+import decode_inputs
 import pico
 import pytest
 import torch
+from decode_inputs import DEVICE, part
 
 from linearize.decoding import Decoder
-from linearize_kernels import State, attention_quadratic, cuda, dispatch
+from linearize_kernels import attention_quadratic, cuda, dispatch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from linearize_kernels import cuda_decode  # noqa: E402
@@ -21,7 +23,6 @@ from linearize_kernels.decode import FOLD, DecodeState, decode  # noqa: E402
 from linearize_kernels.self_test import self_test_decode  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 WHY_NOT = cuda.why_not("cuda") if ON_GPU else cuda_emulator.WHY_NOT
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 GUARD = 64  # elements before and after a tensor that must stay as they are
@@ -33,47 +34,12 @@ def emulated(monkeypatch):
         monkeypatch.setattr(cuda, "kernel", cuda_emulator.kernel)
 
 
-def make(prompt=12, tokens=2 * FOLD + 6, batch=2, heads=4, groups=1, head_dim=64, value_dim=None, map_dim=16,
-         window=6, sinks=4, decay=False, pad=0, large=1.0, far_gate=None, dtype=torch.float32,
-         far_dtype=torch.float32, seed=0):  # fmt: skip
-    g = torch.Generator().manual_seed(seed)
-    length = prompt + tokens
-
-    def draw(*shape, dtype=dtype):
-        return torch.randn(*shape, generator=g).to(DEVICE, dtype)
-
-    inputs = dict(
-        q=draw(batch, length, heads, head_dim).transpose(1, 2) * large,
-        k=draw(batch, length, groups, head_dim).transpose(1, 2) * large,
-        v=draw(batch, groups, length, value_dim or head_dim),
-        q_far=draw(batch, heads, length, map_dim, dtype=far_dtype) * 0.5,
-        k_far=draw(batch, groups, length, map_dim, dtype=far_dtype) * 0.5,
-        gate=draw(batch, heads, length, dtype=far_dtype),
-    )  # fmt: skip
-    if far_gate is not None:
-        inputs["gate"] = torch.full_like(inputs["gate"], far_gate)
-    valid = torch.ones(batch, length, dtype=torch.bool, device=DEVICE)
-    valid[0, :pad] = False
-    decay = -torch.linspace(0.01, 0.1, groups, device=DEVICE) if decay else None
-    return inputs, dict(scaling=head_dim**-0.5, window=window, sinks=sinks, log_decay=decay), valid
+make = functools.partial(decode_inputs.make, prompt=12, tokens=2 * FOLD + 6, heads=4, head_dim=64, map_dim=16, sinks=4)
 
 
-def part(inputs, start, stop):
-    return {name: x[:, :, start:stop] for name, x in inputs.items()}
-
-
-def prefilled(inputs, options, valid, prompt, **layout):
+def prefilled(*args, **layout):
     """The state after the prompt, NaN in every slot that holds nothing."""
-    map_dim = inputs["k_far"].shape[-1]
-    state = State.empty(
-        inputs["k"], inputs["v"], inputs["k_far"], num_features=1 + map_dim + map_dim * (map_dim + 1) // 2,
-        sinks=options["sinks"], ring=options["window"] - 1,
-    )  # fmt: skip
-    if prompt:
-        _, state = attention_quadratic(
-            **part(inputs, 0, prompt), valid=valid[:, :prompt], **options, state=state, return_state=True
-        )
-    state = DecodeState.from_state(state, window=options["window"], **layout)
+    state = decode_inputs.prefilled(*args, **layout)
     empty = state.ring_kind == 0
     for x in (state.keys[:, :, state.num_sinks :], state.values[:, :, state.num_sinks :], state.ring_far):
         x[empty] = torch.nan

@@ -15,15 +15,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 NEW = 9
 ROWS = [make_tokens(1, n, seed=n)[0] for n in (21, 9, 14)]
-
-
-@pytest.fixture(autouse=True)
-def fold_early(monkeypatch):
-    """In the interpreter, which is slow, 8 tokens are folded at once instead of 64."""
-    if not ON_GPU:
-        tl = pytest.importorskip("triton.language", reason="Triton is not installed")
-        monkeypatch.setattr("linearize_kernels.decode.FOLD", 8)
-        monkeypatch.setattr("linearize_kernels.decode_kernels.FOLD", tl.constexpr(8))
+pytestmark = pytest.mark.usefixtures("fold_early")
 
 
 def make(model="llama", **settings):

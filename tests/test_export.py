@@ -138,11 +138,6 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return save_text(tmp_path_factory.mktemp("text") / "text.jsonl")
-
-
-@pytest.fixture(scope="module")
 def converted(tmp_path_factory, model_folder, text):
     """A finished conversion with a report card."""
     return convert(load_recipe(save_recipe(tmp_path_factory.mktemp("run"), model_folder, text, **SHORT, **REPORT)))

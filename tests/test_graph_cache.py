@@ -15,15 +15,7 @@ DEVICE, MODES = ("cuda", ("eager", "static", "graph")) if ON_GPU else ("cpu", ("
 NEW = 6
 KEPT = {"linear": {}, "kept": dict(keep_softmax=[0], heads=[(1, 1)])}
 OPTIONS = dict(max_new_tokens=NEW, do_sample=False, pad_token_id=0)
-
-
-@pytest.fixture(autouse=True)
-def fold_early(monkeypatch):
-    """In the interpreter, which is slow, 8 tokens are folded at once instead of 64."""
-    if not ON_GPU:
-        tl = pytest.importorskip("triton.language", reason="Triton is not installed")
-        monkeypatch.setattr("linearize_kernels.decode.FOLD", 8)
-        monkeypatch.setattr("linearize_kernels.decode_kernels.FOLD", tl.constexpr(8))
+pytestmark = pytest.mark.usefixtures("fold_early")
 
 
 def make(kept="linear", **settings):

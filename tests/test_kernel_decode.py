@@ -5,61 +5,17 @@ Without a GPU it runs in Triton's interpreter (see conftest.py), in float32.
 
 import pytest
 import torch
+from decode_inputs import DEVICE, make, part, prefilled
 
 from linearize_kernels import State, attention_quadratic, can_decode, self_test
 
-tl = pytest.importorskip("triton.language", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 from linearize_kernels import decode as decode_module  # noqa: E402
-from linearize_kernels.decode import DecodeState, Launch, choose_splits, decode  # noqa: E402
+from linearize_kernels.decode import Launch, choose_splits, decode  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
-
-
-@pytest.fixture(autouse=True)
-def fold_early(monkeypatch):
-    """In the interpreter, which is slow, 8 tokens are folded at once instead of 32."""
-    if not ON_GPU:
-        monkeypatch.setattr("linearize_kernels.decode.FOLD", 8)
-        monkeypatch.setattr("linearize_kernels.decode_kernels.FOLD", tl.constexpr(8))
-
-
-def make(prompt=10, tokens=5, batch=2, heads=2, groups=1, head_dim=16, map_dim=5, window=6, sinks=2,
-         decay=False, pad=0, large=1.0, far_gate=None, dtype=torch.float32, seed=0):  # fmt: skip
-    g = torch.Generator().manual_seed(seed)
-    length = prompt + tokens
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=g).to(DEVICE, dtype)
-
-    inputs = dict(
-        q=draw(batch, length, heads, head_dim).transpose(1, 2) * large,
-        k=draw(batch, groups, length, head_dim) * large,
-        v=draw(batch, groups, length, head_dim), q_far=draw(batch, heads, length, map_dim).float() * 0.5,
-        k_far=draw(batch, groups, length, map_dim).float() * 0.5, gate=draw(batch, heads, length).float(),
-    )  # fmt: skip
-    if far_gate is not None:
-        inputs["gate"] = torch.full_like(inputs["gate"], far_gate)
-    valid = torch.ones(batch, length, dtype=torch.bool, device=DEVICE)
-    valid[0, :pad] = False
-    decay = -torch.linspace(0.01, 0.1, groups, device=DEVICE) if decay else None
-    return inputs, dict(scaling=head_dim**-0.5, window=window, sinks=sinks, log_decay=decay), valid
-
-
-def part(inputs, start, stop):
-    return {name: x[:, :, start:stop] for name, x in inputs.items()}
-
-
-def prefilled(inputs, options, valid, prompt, **layout):
-    first = inputs["k"], inputs["v"], inputs["k_far"]
-    num_features = 1 + first[2].shape[-1] + first[2].shape[-1] * (first[2].shape[-1] + 1) // 2
-    state = State.empty(*first, num_features=num_features, sinks=options["sinks"], ring=options["window"] - 1)
-    if prompt:
-        _, state = attention_quadratic(
-            **part(inputs, 0, prompt), valid=valid[:, :prompt], **options, state=state, return_state=True
-        )
-    return DecodeState.from_state(state, window=options["window"], **layout)
+pytestmark = pytest.mark.usefixtures("fold_early")
 
 
 def check(prompt=10, state_dtype=torch.float32, splits=None, **case):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_data import DataSettings, make_tokenizer
-from test_export import save_model, save_recipe, save_text, steps_of
+from test_export import save_recipe, steps_of
 
 from linearize.convert import convert
 from linearize.data import build_token_data
@@ -16,16 +16,6 @@ from linearize.train import _Loop
 
 LENGTHS = {"match.sequence_length": 24, "finetune.sequence_length": 96, "run.micro_batch": 2}  # data's own is 48
 BUDGETS = {"match.tokens": 768, "finetune.tokens": 960}  # 192 a step
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return save_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 @pytest.mark.parametrize("length", [8, 24, 32])

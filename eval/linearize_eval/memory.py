@@ -7,6 +7,7 @@ import torch
 
 from linearize.errors import ArchitectureError
 from linearize.modeling_linearized import linear_attentions
+from linearize.static_cache import kv_shape
 
 UNBOUNDED = None
 MOST_TOKENS = 2**16  # of a forward; more of them gain nothing
@@ -28,11 +29,9 @@ def kv_cache_bytes(config, length: int, dtype_bytes: int) -> int:
     Raises ArchitectureError if a layer is of a kind unknown here.
     """
     config = config.get_text_config(decoder=True)
-    num_heads = config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    shape = kv_shape(config)
     tokens = sum(length if window is UNBOUNDED else min(length, window) for window in _layer_windows(config))
-    return tokens * 2 * num_kv_heads * head_dim * dtype_bytes
+    return tokens * 2 * shape["heads"] * shape["head_dim"] * dtype_bytes
 
 
 def _layer_windows(config) -> list[int | None]:
