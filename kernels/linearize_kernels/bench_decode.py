@@ -33,7 +33,7 @@ def bench_decode(s: Shape, names, *, limit: float, rep: float):
         role = "ours" if dtype == torch.float32 else ""
         for name, words in (("triton", ""), ("cuda", "CUDA, ")):
             label = f"linearize decode, {words}{str(dtype)[6:]} sum"
-            work = partial(_ours, s, dtype, name)
+            work = partial(time_ours, s, dtype, name)
             yield _row(s, label, role, decode_cost(s, dtype), floor, limit, work)
     if "reference" in names and s.B == REFERENCE_ROWS:
         cost = decode_cost(s, torch.float32)
@@ -66,12 +66,12 @@ def _row(s, label, role, cost, floor, limit, work) -> Row:
     return Row(OPERATION, s.name, s.B, 1, label, role, result["error"], *result["times"], *cost, floor, note)
 
 
-def _ours(s: Shape, dtype, implementation: str, result, launch=None) -> None:
+def time_ours(s: Shape, dtype, implementation: str, result, launch=None) -> None:
     """launch: instead of the chosen one."""
     from .decode import DecodeState, decode
 
     options, how = dict(scaling=s.D**-0.5), dict(implementation=implementation, launch=launch)
-    past, state = _past(s)
+    past, state = past_of(s)
     layers = max(4, -(-WORKING_SET // int(decode_cost(s, dtype).gb * 1e9)))
     states = [DecodeState.from_state(state, window=s.window, dtype=dtype) for _ in range(layers)]
     more, _ = draw(s._replace(B=1, T=CHECKED))
@@ -79,7 +79,7 @@ def _ours(s: Shape, dtype, implementation: str, result, launch=None) -> None:
     expected, _ = attention_quadratic(**whole, **options, window=s.window, sinks=s.sinks)
     outputs = []
     for t in range(CHECKED):
-        token = _token(s, more, t)
+        token = token_at(s, more, t)
         out = torch.full((s.B, s.H, 1, s.D), torch.nan, device="cuda", dtype=torch.bfloat16)
         decode(**token, state=states[0], **options, **how, out=out)
         outputs.append(out[[0, -1]])  # the first and the last of rows that are all alike
@@ -92,7 +92,7 @@ def _ours(s: Shape, dtype, implementation: str, result, launch=None) -> None:
     require_finite([out])
 
 
-def _past(s: Shape, length: int = 500):
+def past_of(s: Shape, length: int = 500):
     """(Inputs of one row, the state after them in B rows)."""
     inputs, _ = draw(s._replace(B=1, T=length))
     options = dict(scaling=s.D**-0.5, window=s.window, sinks=s.sinks)
@@ -100,14 +100,14 @@ def _past(s: Shape, length: int = 500):
     return inputs, state.map(lambda x: x.expand(s.B, *x.shape[1:]).contiguous())
 
 
-def _token(s: Shape, inputs, t: int):
+def token_at(s: Shape, inputs, t: int):
     return {n: x[:, :, t : t + 1].expand(s.B, *[-1] * (x.ndim - 1)).contiguous() for n, x in inputs.items()}
 
 
 def _reference(s: Shape, result, rep: float) -> None:
     """Launched from the host: it allocates."""
-    past, state = _past(s)
-    token, options = _token(s, past, -2), dict(scaling=s.D**-0.5, window=s.window, sinks=s.sinks)
+    past, state = past_of(s)
+    token, options = token_at(s, past, -2), dict(scaling=s.D**-0.5, window=s.window, sinks=s.sinks)
     function = lambda: attention_quadratic(**token, **options, state=state, return_state=True)  # noqa: E731
     exact, _ = attention_quadratic(
         **{n: x[:1].double() for n, x in token.items()},

@@ -8,7 +8,7 @@ import argparse
 
 import torch
 
-from .bench_decode import LIMITS, _ours, _past, _token, decode_cost
+from .bench_decode import LIMITS, decode_cost, past_of, time_ours, token_at
 from .bench_measure import attempt, measure_ceilings
 from .bench_shapes import SHAPES
 from .cuda_decode import Launch, choose_launch, launch_decode
@@ -35,15 +35,15 @@ def main(argv=None) -> int:
     parser.add_argument("--sum", choices=["float32", "bfloat16"], default="float32")
     choice = parser.parse_args(argv)
     s, dtype = SHAPES[choice.shape]._replace(B=choice.batch), getattr(torch, choice.sum)
-    past, state = _past(s)
+    past, state = past_of(s)
     state = DecodeState.from_state(state, window=s.window, dtype=dtype)
-    token = [_token(s, past, -2)[n] for n in ("q", "k", "v", "q_far", "k_far", "gate")]
+    token = [token_at(s, past, -2)[n] for n in ("q", "k", "v", "q_far", "k_far", "gate")]
     chosen = choose_launch(state, heads=s.H)
     out, gb, copy, wrong = torch.empty_like(token[0]), decode_cost(s, dtype).gb, measure_ceilings(rep=20).copy, 0
     print(f"{s.name}, batch {s.B}, {state.position.numel()} blocks, {gb * 1e3:.1f} MB; copy rate {copy:.0f} GB/s")
     for launch in dict.fromkeys([chosen, *(FEW if chosen.blocks == 1 else MANY)]):
         result = dict(error=None, times=(None, None), note="")
-        note = attempt(lambda: _ours(s, dtype, "cuda", result, launch), 40) or result["note"]  # noqa: B023
+        note = attempt(lambda: time_ours(s, dtype, "cuda", result, launch), 40) or result["note"]  # noqa: B023
         if result["times"][1] is None:
             print(f"{launch}: {note}")
             continue
