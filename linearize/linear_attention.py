@@ -99,8 +99,11 @@ class LinearAttention(nn.Module):
         return None if self.decay_logit is None else -nn.functional.softplus(self.decay_logit)
 
     def project(self, q, k):
-        """q [B, H, T, D], k [B, G, T, D] -> mapped q [B, H, T, d], mapped k [B, M, T, d], gate [B, H, T]."""
-        dtype = torch.promote_types(q.dtype, torch.float32)
+        """q [B, H, T, D], k [B, G, T, D] -> mapped q [B, H, T, d], mapped k [B, M, T, d], gate [B, H, T].
+
+        The maps multiply in float32. Their results have q's dtype, in which kernels multiply them and states keep them.
+        """
+        given, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(dtype), k.to(dtype)
         if self.k_map.shape[0] != k.shape[1]:
             k = k.repeat_interleave(self.k_map.shape[0] // k.shape[1], 1)
@@ -109,7 +112,7 @@ class LinearAttention(nn.Module):
         q_far, gate = from_q[..., :-1], from_q[..., -1] + self.gate_bias.to(dtype)[:, None]
         k_map = self.k_map.to(dtype)
         k_far = _map_heads(k, k_map) - self.key_center.to(dtype)[:, None] @ k_map
-        return q_far, k_far, gate
+        return q_far.to(given), k_far.to(given), gate
 
     def forward(self, q, k, v, *, scaling, valid=None, segments=None, softcap=None, sink_logits=None,
                 state=None, return_state=False):  # fmt: skip
@@ -134,8 +137,7 @@ class LinearAttention(nn.Module):
     def empty_state(self, k, v, *, extra=0) -> State:
         """A State that has seen nothing, for k [B, G, T, D] and v [B, G, T, V]; `extra` more ring slots."""
         far_heads, _, map_dim = self.k_map.shape
-        dtype = torch.promote_types(k.dtype, torch.float32)
-        k_far = k.new_zeros(k.shape[0], far_heads, 1, map_dim, dtype=dtype)
+        k_far = k.new_zeros(k.shape[0], far_heads, 1, map_dim)
         num_features = FEATURE_MAPS[self.series].num_features(map_dim)
         ring = max(self.window - 1, 0) + extra
         return State.empty(k, v, k_far, num_features=num_features, sinks=self.sinks, ring=ring)
@@ -149,8 +151,9 @@ class LinearAttention(nn.Module):
         far_heads, _, map_dim = self.k_map.shape
         features = FEATURE_MAPS[self.series].num_features(map_dim)
         ring = max(self.window - 1, 0)
-        far = 4 * far_heads * (features * (self.head_dim + 1) + map_dim * ring)  # float32
-        return self.token_bytes(dtype_bytes=dtype_bytes) * (ring + self.sinks) + far
+        sums = 4 * far_heads * features * (self.head_dim + 1)  # float32
+        mapped = dtype_bytes * far_heads * map_dim * ring
+        return self.token_bytes(dtype_bytes=dtype_bytes) * (ring + self.sinks) + mapped + sums
 
 
 def _map_heads(x, weight):

@@ -90,15 +90,17 @@ def test_models_are_as_before_afterwards_even_after_an_error():
 
 @pytest.mark.parametrize("per", ["kv_head", "query_head"])
 @pytest.mark.parametrize("name", ["taylor", "hedgehog"])
-def test_state_bytes_are_those_of_the_state(per, name):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_bytes_are_those_of_the_state(per, name, dtype):
     _, model = make_models(feature_map=FeatureMapSettings(name=name, dim=4, per=per))
+    model = model.to(dtype)
     cache = model.make_cache()
     with torch.no_grad():
         model(TOKENS, past_key_values=cache, use_cache=True)
     for index, layer in linear_attentions(model).items():
         state = cache.layers[index].state
         bookkeeping = state.ring_valid.nbytes + state.length.nbytes
-        assert state.num_bytes() - bookkeeping == TOKENS.shape[0] * layer.state_bytes(dtype_bytes=4)
+        assert state.num_bytes() - bookkeeping == TOKENS.shape[0] * layer.state_bytes(dtype_bytes=dtype.itemsize)
 
 
 @pytest.mark.parametrize("dtype_bytes", [2, 4])
