@@ -38,7 +38,8 @@ def kept(path: Path, make: Callable[[], bytes]) -> bytes:
 
 def warn_unwritable(folder: Path, error: OSError) -> None:
     """One line, once a folder: what would be kept there is made again by every process."""
-    warnings.warn(f"nothing is kept in {folder} ({error.strerror}); set LINEARIZE_CACHE to another", stacklevel=2)
+    reason = error.strerror or error
+    warnings.warn(f"nothing is kept in {folder} ({reason}); set LINEARIZE_CACHE to another", stacklevel=2)
 
 
 def _write(path: Path, content: bytes) -> None:
