@@ -135,15 +135,14 @@ def _maps(group: _Group, linear):
     key_moment = torch.einsum("bt,btd,bte->de", counts, keys, keys) / counts.sum()
     seeing = group.has_far.expand(group.q.shape[:3]).float()
     query_moment = torch.einsum("brt,brtd,brte->de", seeing, group.q, group.q) / seeing.sum()
-    key_root, key_inverse = _roots(key_moment)
-    query_root, _ = _roots(query_moment)
+    key_root, key_inverse = _roots(key_moment.cpu())  # small: a GPU is slower at it, and loads a library first
+    query_root, _ = _roots(query_moment.cpu())
     _, singular, right = torch.linalg.svd(group.scaling * query_root @ key_root)
     dim = min(linear.q_map.shape[-1], singular.shape[0])
     singular, right = singular[:dim].clamp_min(1e-12), right[:dim].mT
-    q_map = group.scaling * key_root @ right * singular.rsqrt()
-    k_map = key_inverse @ right * singular.sqrt()
+    maps = group.scaling * key_root @ right * singular.rsqrt(), key_inverse @ right * singular.sqrt()
     pad = [0, linear.q_map.shape[-1] - dim]
-    return center, torch.nn.functional.pad(q_map, pad), torch.nn.functional.pad(k_map, pad)
+    return center, *(torch.nn.functional.pad(each, pad).to(center.device) for each in maps)
 
 
 def _roots(moment):
@@ -173,7 +172,8 @@ def _gate(group: _Group, center, similarity):
         -1, keepdim=True
     )
     penalty[:, size] = 1e-6
-    solution = torch.linalg.solve(gram + torch.diag_embed(penalty), moment[..., None])[..., 0]
+    system = gram + torch.diag_embed(penalty)
+    solution = torch.linalg.solve(system.cpu(), moment[..., None].cpu())[..., 0].to(center.device)
     return group.scaling * center + solution[:, :size], solution[:, size]
 
 

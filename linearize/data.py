@@ -26,7 +26,8 @@ from linearize.sources import find_package_files as find_package_files  # part o
 from linearize.whole_folder import create_folder
 
 _FORMAT = 1  # of the cache; raise it when the same settings give other tokens
-_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1_000_000  # tokenised at once, whichever comes first
+_BATCH_DOCUMENTS = 256  # tokenised at once; or fewer, of so many characters: few at first, as they may do, then more
+_FIRST_CHARACTERS, _MOST_CHARACTERS = 1 << 16, 1 << 22
 
 
 def build_token_data(
@@ -123,7 +124,7 @@ def _tokenize(
 def _text_batches(
     documents: Iterable[Document], render: Callable[[Document], str], counts: Counter
 ) -> Iterator[list[str]]:
-    batch, num_characters = [], 0
+    batch, num_characters, limit = [], 0, _FIRST_CHARACTERS
     for document in documents:
         counts["documents"] += 1
         text = render(document)
@@ -132,9 +133,9 @@ def _text_batches(
             continue
         batch.append(text)
         num_characters += len(text)
-        if len(batch) >= _BATCH_DOCUMENTS or num_characters >= _BATCH_CHARACTERS:
+        if len(batch) >= _BATCH_DOCUMENTS or num_characters >= limit:
             yield batch
-            batch, num_characters = [], 0
+            batch, num_characters, limit = [], 0, min(2 * limit, _MOST_CHARACTERS)
     if batch:
         yield batch
 
