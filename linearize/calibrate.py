@@ -48,7 +48,7 @@ def calibrate(model, inputs) -> dict[int, dict[str, float]]:
         report[module.layer_idx] = {"error": error, "window_error": window_error}
 
     with softmax_attention(model):
-        model(**inputs, use_cache=False, observer=observer)
+        model.get_decoder()(**inputs, use_cache=False, observer=observer)  # no output head: its logits serve nobody
     return dict(sorted(report.items()))
 
 
@@ -107,18 +107,18 @@ def _calibrate_group(linear, g, q, k, v, teacher, allowed, *, scaling, softcap, 
 
 def _teacher_sums(linear, q, k, v, allowed, scaling, softcap, sink_logits) -> _Group:
     index = torch.arange(q.shape[2], device=q.device)
-    present = torch.diagonal(allowed, dim1=1, dim2=2)  # a token sees itself unless it is padding
     first = allowed.long().argmax(-1)  # the first token a query may see: where its document begins
     near = index[:, None] - index < linear.window
     is_sink = (index - first[..., None] >= 0) & (index - first[..., None] < linear.sinks)
-    exact, far = allowed & (near | is_sink), allowed & ~(near | is_sink) & present[:, :, None]
+    exact, far = allowed & (near | is_sink), allowed & ~(near | is_sink)
     scores = scaling * q @ k[:, None].transpose(-1, -2)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~allowed[:, None], -torch.inf)
+    scores.masked_fill_(~allowed[:, None], -torch.inf)
     shift = scores.amax(-1).clamp_min(-1e30)  # finite for padding, whose row is empty
-    weights = torch.exp(scores - shift[..., None])
-    exact_weights, far_weights = weights * exact[:, None], weights * far[:, None]
+    weights = scores.sub_(shift[..., None]).exp_()  # in place, here and below: [T, T] a head is most of the memory
+    exact_weights = weights * exact[:, None]
+    far_weights = weights.sub_(exact_weights)  # what is allowed is exact or far
     exact_mass = exact_weights.sum(-1)
     if sink_logits is not None:
         exact_mass = exact_mass + torch.exp(sink_logits[:, None] - shift)
