@@ -11,7 +11,7 @@ from linearize.recipe import ModelSettings
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 CPU = torch.device("cpu")
-HIDDEN, INNER, HEADS, WORDS = 32, 64, 2, [*map(chr, range(33, 97)), "!!"]
+HIDDEN, INNER, HEADS, WORDS = 32, 64, 2, [*map(chr, range(33, 97)), "!!", '""']
 
 
 def save_gguf(path, seed=0):
@@ -26,7 +26,7 @@ def save_gguf(path, seed=0):
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(WORDS)
     writer.add_token_types([1] * len(WORDS))
-    writer.add_token_merges(["! !"])
+    writer.add_token_merges(["! !", '" "'])  # more than one: transformers takes a list of one for its item
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     square, up, down = (HIDDEN, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)
