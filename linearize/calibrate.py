@@ -135,7 +135,7 @@ def _maps(group: _Group, linear):
     key_moment = torch.einsum("bt,btd,bte->de", counts, keys, keys) / counts.sum()
     seeing = group.has_far.expand(group.q.shape[:3]).float()
     query_moment = torch.einsum("brt,brtd,brte->de", seeing, group.q, group.q) / seeing.sum()
-    key_root, key_inverse = _roots(key_moment.cpu())  # small: a GPU is slower at it, and loads a library first
+    key_root, key_inverse = _roots(key_moment.cpu())  # small, and every decomposition on a GPU waits for it
     query_root, _ = _roots(query_moment.cpu())
     _, singular, right = torch.linalg.svd(group.scaling * query_root @ key_root)
     dim = min(linear.q_map.shape[-1], singular.shape[0])
