@@ -48,7 +48,7 @@ def calibrate(model, inputs) -> dict[int, dict[str, float]]:
         report[module.layer_idx] = {"error": error, "window_error": window_error}
 
     with softmax_attention(model):
-        model(**inputs, use_cache=False, observer=observer)
+        model.get_decoder()(**inputs, use_cache=False, observer=observer)  # no output head: its logits serve nobody
     return dict(sorted(report.items()))
 
 
@@ -107,18 +107,18 @@ def _calibrate_group(linear, g, q, k, v, teacher, allowed, *, scaling, softcap, 
 
 def _teacher_sums(linear, q, k, v, allowed, scaling, softcap, sink_logits) -> _Group:
     index = torch.arange(q.shape[2], device=q.device)
-    present = torch.diagonal(allowed, dim1=1, dim2=2)  # a token sees itself unless it is padding
     first = allowed.long().argmax(-1)  # the first token a query may see: where its document begins
     near = index[:, None] - index < linear.window
     is_sink = (index - first[..., None] >= 0) & (index - first[..., None] < linear.sinks)
-    exact, far = allowed & (near | is_sink), allowed & ~(near | is_sink) & present[:, :, None]
+    exact, far = allowed & (near | is_sink), allowed & ~(near | is_sink)
     scores = scaling * q @ k[:, None].transpose(-1, -2)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~allowed[:, None], -torch.inf)
+    scores.masked_fill_(~allowed[:, None], -torch.inf)
     shift = scores.amax(-1).clamp_min(-1e30)  # finite for padding, whose row is empty
-    weights = torch.exp(scores - shift[..., None])
-    exact_weights, far_weights = weights * exact[:, None], weights * far[:, None]
+    weights = scores.sub_(shift[..., None]).exp_()  # in place, here and below: [T, T] a head is most of the memory
+    exact_weights = weights * exact[:, None]
+    far_weights = weights.sub_(exact_weights)  # what is allowed is exact or far
     exact_mass = exact_weights.sum(-1)
     if sink_logits is not None:
         exact_mass = exact_mass + torch.exp(sink_logits[:, None] - shift)
@@ -135,15 +135,14 @@ def _maps(group: _Group, linear):
     key_moment = torch.einsum("bt,btd,bte->de", counts, keys, keys) / counts.sum()
     seeing = group.has_far.expand(group.q.shape[:3]).float()
     query_moment = torch.einsum("brt,brtd,brte->de", seeing, group.q, group.q) / seeing.sum()
-    key_root, key_inverse = _roots(key_moment)
-    query_root, _ = _roots(query_moment)
+    key_root, key_inverse = _roots(key_moment.cpu())  # small, and every decomposition on a GPU waits for it
+    query_root, _ = _roots(query_moment.cpu())
     _, singular, right = torch.linalg.svd(group.scaling * query_root @ key_root)
     dim = min(linear.q_map.shape[-1], singular.shape[0])
     singular, right = singular[:dim].clamp_min(1e-12), right[:dim].mT
-    q_map = group.scaling * key_root @ right * singular.rsqrt()
-    k_map = key_inverse @ right * singular.sqrt()
+    maps = group.scaling * key_root @ right * singular.rsqrt(), key_inverse @ right * singular.sqrt()
     pad = [0, linear.q_map.shape[-1] - dim]
-    return center, torch.nn.functional.pad(q_map, pad), torch.nn.functional.pad(k_map, pad)
+    return center, *(torch.nn.functional.pad(each, pad).to(center.device) for each in maps)
 
 
 def _roots(moment):
@@ -173,7 +172,8 @@ def _gate(group: _Group, center, similarity):
         -1, keepdim=True
     )
     penalty[:, size] = 1e-6
-    solution = torch.linalg.solve(gram + torch.diag_embed(penalty), moment[..., None])[..., 0]
+    system = gram + torch.diag_embed(penalty)
+    solution = torch.linalg.solve(system.cpu(), moment[..., None].cpu())[..., 0].to(center.device)
     return group.scaling * center + solution[:, :size], solution[:, size]
 
 

@@ -170,10 +170,12 @@ class _Run:
 
     def _read_baseline(self) -> dict | None:
         """The report card in `evaluate.baseline`, read at the start as well."""
+        folder = self.recipe.evaluate.baseline
+        if folder is None:
+            return None
         from linearize_eval.baseline import load_baseline
 
-        folder = self.recipe.evaluate.baseline
-        return None if folder is None else load_baseline(folder)
+        return load_baseline(folder)
 
     def _calibrate(self) -> None:
         path, count = self.work / "calibrated.safetensors", self.recipe.calibrate.sequences

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -26,9 +23,11 @@ from linearize.errors import DataError
 from linearize.sequences import PackedSequences, TokenData
 from linearize.sources import Columns, Document, Sources, find_sources, iterate_documents
 from linearize.sources import find_package_files as find_package_files  # part of this module's interface
+from linearize.whole_folder import create_folder
 
 _FORMAT = 1  # of the cache; raise it when the same settings give other tokens
-_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1_000_000  # tokenised at once, whichever comes first
+_BATCH_DOCUMENTS = 256  # tokenised at once; or fewer, of so many characters: few at first, as they may do, then more
+_FIRST_CHARACTERS, _MOST_CHARACTERS = 1 << 16, 1 << 22
 
 
 def build_token_data(
@@ -57,7 +56,7 @@ def build_token_data(
     folder = Path(cache_dir) / key
     if not folder.exists():
         limits = {"train": num_cached, "held_out": data.held_out}
-        _create_folder(folder, partial(_write_tokens, data, sources, tokenizer, limits))
+        create_folder(folder, partial(_write_tokens, data, sources, tokenizer, limits))
     read = _read_tokens(folder, data, tokenizer)
     return replace(read, train=read.train.first(num_train_sequences))
 
@@ -125,7 +124,7 @@ def _tokenize(
 def _text_batches(
     documents: Iterable[Document], render: Callable[[Document], str], counts: Counter
 ) -> Iterator[list[str]]:
-    batch, num_characters = [], 0
+    batch, num_characters, limit = [], 0, _FIRST_CHARACTERS
     for document in documents:
         counts["documents"] += 1
         text = render(document)
@@ -134,9 +133,9 @@ def _text_batches(
             continue
         batch.append(text)
         num_characters += len(text)
-        if len(batch) >= _BATCH_DOCUMENTS or num_characters >= _BATCH_CHARACTERS:
+        if len(batch) >= _BATCH_DOCUMENTS or num_characters >= limit:
             yield batch
-            batch, num_characters = [], 0
+            batch, num_characters, limit = [], 0, min(2 * limit, _MOST_CHARACTERS)
     if batch:
         yield batch
 
@@ -162,22 +161,6 @@ def _tokenizer_content(tokenizer: Any) -> list:
             content.pop(leftover_of_last_call, None)
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, getattr(tokenizer, "chat_template", None)]
     return [type(tokenizer).__name__, content, special]
-
-
-def _create_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder beside `folder`, then rename it: `folder` is there wholly or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.tmp-"))
-    try:
-        fill(scratch)
-        try:
-            os.rename(scratch, folder)
-        except OSError:
-            if not folder.exists():
-                raise
-            # Another process was faster, and made the same.
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write_tokens(data: Any, sources: Sources, tokenizer: Any, limits: dict[str, int], folder: Path) -> None:

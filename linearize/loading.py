@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from .errors import LinearizeError, ModelError
+from .gguf_cache import load_kept
 from .sources import find_package_files
 
 # What transformers, safetensors and the GGUF reader raise on files that are missing, damaged or not for them.
@@ -54,16 +55,29 @@ def load_any(source, *, dtype: str = "auto", device: str = "auto"):
 
 def load_teacher(settings, *, device: torch.device):
     """(model, tokenizer) to convert, by the recipe's `model` section. Raises ModelError where it cannot be had."""
+    source = locate(settings.id)
+    dtype = pick_dtype(settings.dtype, device, gguf=source.gguf is not None)
+
+    def load_from(name, gguf):
+        return _load_pretrained(ModelSource(name, gguf), settings, dtype)
+
+    if source.gguf is None:
+        model, tokenizer = load_from(source.name, None)
+    else:
+        model, tokenizer = load_kept(Path(source.name, source.gguf), dtype, load_from, errors=LOADING_ERRORS)
+    return model.to(device).eval(), tokenizer
+
+
+def _load_pretrained(source: "ModelSource", settings, dtype):
+    """(model, tokenizer), by transformers. Raises ModelError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = locate(settings.id)
     options = source.options(settings.revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **options)
         model, info = AutoModelForCausalLM.from_pretrained(
-            source.name, dtype=pick_dtype(settings.dtype, device, gguf=source.gguf is not None),
-            output_loading_info=True, **options, **source.dequantised(),
-        )  # fmt: skip
+            source.name, dtype=dtype, output_loading_info=True, **options, **source.dequantised()
+        )
     except LOADING_ERRORS as error:
         raise ModelError(f"model.id = {settings.id!r} does not load: {error}") from error
     if info["missing_keys"]:
@@ -75,7 +89,7 @@ def load_teacher(settings, *, device: torch.device):
         if source.gguf is None:
             raise ModelError(f"{settings.id} is quantised; convert the unquantised model")
         model.hf_quantizer.remove_quantization_config(model)
-    return model.to(device).eval(), tokenizer
+    return model, tokenizer
 
 
 def load_teacher_config(settings):

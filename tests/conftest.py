@@ -14,6 +14,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What is kept on disk between processes is this session's own."""
+    os.environ["LINEARIZE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def fold_early(monkeypatch):
     """In the interpreter, which is slow, decoding folds 8 tokens at once instead of 32."""

@@ -71,6 +71,21 @@ def test_start_imports_nothing_heavy(tmp_path):
     assert result.stdout.strip() == "[]", result.stderr
 
 
+@pytest.mark.parametrize(
+    ("module", "late"),
+    [
+        ("linearize.convert", {"datasets", "gguf", "lm_eval", "matplotlib", "pyarrow", "rich", "linearize_eval"}),
+        ("linearize.doctor", {"accelerate", "datasets", "peft", "transformers"}),
+    ],
+)
+def test_a_verb_imports_only_what_it_begins_with(module, late, tmp_path):
+    """What only some recipes need, or a later stage, is imported there."""
+    code = f"import sys, {module}\nprint('{module}' in sys.modules, sorted({late} & set(sys.modules)))"
+    env = {**os.environ, "PYTHONPATH": PATH}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert result.stdout.strip() == "True []", result.stderr
+
+
 def test_launcher_of_a_clone_works_from_anywhere(tmp_path):
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, str(ROOT / "cli.py"), "recipes", "ls"]

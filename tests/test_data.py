@@ -106,6 +106,25 @@ def first_words(side, tokenizer):
     return [name for name in names if name[0] == "d"]
 
 
+def test_little_more_is_tokenised_than_asked_for(tmp_path, monkeypatch):
+    """The first texts at once are few; of the same texts in larger pieces the tokens are the same."""
+    source = write_texts(tmp_path / "a.jsonl", [" ".join(f"n{(i + j) % 50}" for j in range(2000)) for i in range(60)])
+    settings, sizes = section(source, sequence_length=500), []
+    tokenizer = make_tokenizer()
+    monkeypatch.setattr(type(tokenizer), "__call__", counting(sizes, type(tokenizer).__call__))
+    few = build(tmp_path, settings, tokenizer=tokenizer, num_train_sequences=1)
+    assert len(sizes) == 1 and sum(sizes) < 20  # documents of 6,900 characters
+    more = build(tmp_path, settings, tokenizer=tokenizer, num_train_sequences=200)
+    assert sizes[2] > 1.5 * sizes[1] and rows(more.train)[:1] == rows(few.train)
+    monkeypatch.setattr("linearize.data._FIRST_CHARACTERS", 1 << 22)
+    assert rows(build(tmp_path, settings, num_train_sequences=200, cache="other").train) == rows(more.train)
+
+
+def counting(sizes, call):
+    """A tokenizer's call that notes how many texts it is given."""
+    return lambda self, batch, **options: sizes.append(len(batch)) or call(self, batch, **options)
+
+
 # Packing ----------------------------------------------------------------------------------------------------
 
 

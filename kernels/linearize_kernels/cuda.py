@@ -1,15 +1,20 @@
 """CUDA C++ kernels, compiled on first use by NVRTC, which torch brings along: no toolkit is needed.
 
 `kernel(...)` gives a kernel compiled for the current device, which is launched on torch's current stream and can
-be captured in a CUDA graph. A source stands beside this file; it includes nothing but files beside it.
+be captured in a CUDA graph. A source stands beside this file; it includes nothing but files beside it. Machine code is
+kept on disk (disk_cache.py) under a hash of all that it is made of.
 """
 
 import ctypes
 import functools
+import hashlib
+import json
 import re
 from pathlib import Path
 
 import torch
+
+from .disk_cache import cache_folder, kept
 
 HERE = Path(__file__).parent
 OLDEST = (8, 0)  # compute capability: cp.async and bfloat16 products
@@ -124,16 +129,27 @@ def source(file: str) -> str:
 
 
 def compiled(file: str, defines: dict, arch: str) -> bytes:
-    """Machine code of a source for an architecture such as "sm_90a"; needs no GPU. Raises CudaError with the log."""
+    """Machine code of a source for an architecture such as "sm_90a", from disk if it was compiled before.
+
+    Needs no GPU. Raises CudaError with the compiler's log.
+    """
+    text, version = source(file), _checked("nvrtc", "nvrtcVersion")
+    options = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{name}={value}" for name, value in defines.items())]
+    key = hashlib.sha256(json.dumps([file, text, options, version]).encode()).hexdigest()
+    path = cache_folder() / "cubins" / f"{Path(file).stem}-{arch}-{key[:32]}"
+    return kept(path, lambda: compile_source(text, options, name=file))
+
+
+def compile_source(text: str, options: list[str], *, name: str) -> bytes:
+    """Machine code by NVRTC. Raises CudaError with the log, which calls the source `name`."""
     from cuda.bindings import nvrtc
 
-    program = _checked("nvrtc", "nvrtcCreateProgram", source(file).encode(), file.encode(), 0, [], [])
-    options = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{name}={value}" for name, value in defines.items())]
+    program = _checked("nvrtc", "nvrtcCreateProgram", text.encode(), name.encode(), 0, [], [])
     (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if code:
         log = bytearray(_checked("nvrtc", "nvrtcGetProgramLogSize", program))
         _checked("nvrtc", "nvrtcGetProgramLog", program, log)
-        raise CudaError(f"{file} does not compile with {' '.join(options)}: {log.decode(errors='replace')}")
+        raise CudaError(f"{name} does not compile with {' '.join(options)}: {log.decode(errors='replace')}")
     cubin = bytearray(_checked("nvrtc", "nvrtcGetCUBINSize", program))
     _checked("nvrtc", "nvrtcGetCUBIN", program, cubin)
     _checked("nvrtc", "nvrtcDestroyProgram", program)
