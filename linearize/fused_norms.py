@@ -1,7 +1,7 @@
 """RMSNorms as one kernel each while a model trains: transformers writes them as six, which a small model waits for."""
 
 from contextlib import contextmanager
-from functools import partial
+from types import MethodType
 
 import torch
 
@@ -11,7 +11,7 @@ def fused_norms(model):
     """Inside, RMSNorms of `model` run as torch.nn.functional.rms_norm: equal up to rounding, probed one by one."""
     swapped = [m for m in model.modules() if is_rms_norm(m)]
     for module in swapped:
-        module.forward = partial(_rms_norm, module)
+        module.forward = MethodType(_rms_norm, module)
     try:
         yield model
     finally:
