@@ -1,4 +1,4 @@
-"""Training through torch.compile: the numbers are those without it, layers share what is compiled, nothing stays behind.
+"""Training through torch.compile: the numbers are those without it, layers share what is compiled, nothing stays.
 
 The compiler needs a C++ compiler on a CPU; these tests skip without one.
 """
