@@ -4,11 +4,11 @@ Attention stays out, as it has kernels of its own: the compiler stops before it 
 alike share what is compiled. Only instances are changed, and only inside.
 """
 
-from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 
+from .instances import swapped
 from .modeling_linearized import LinearizedAttentionMixin, attention_modules
 
 PAYS_FROM = 5_000_000  # tokens of a stage on a GPU: compiling takes about a minute, whatever the model
@@ -31,18 +31,15 @@ class CompiledLayers:
         self.attentions = [m for m in attentions if isinstance(m, LinearizedAttentionMixin)]
         self.forwards = [torch.compile(layer.forward, options={"fallback_random": True}) for layer in self.layers]
 
-    @contextmanager
     def on(self):
-        """Inside, the layers run compiled."""
-        with ExitStack() as stack:
-            for layer, forward in zip(self.layers, self.forwards, strict=True):
-                if getattr(layer, "gradient_checkpointing", False):
-                    forward = partial(_checkpointed, layer, forward)
-                    stack.enter_context(_attribute(layer, "gradient_checkpointing", False))
-                stack.enter_context(_attribute(layer, "forward", forward))
-            for attention in self.attentions:
-                stack.enter_context(_attribute(attention, "call_attention", _call_apart))
-            yield
+        """A context; inside, the layers run compiled."""
+        changes = [(attention, "call_attention", _call_apart) for attention in self.attentions]
+        for layer, forward in zip(self.layers, self.forwards, strict=True):
+            if getattr(layer, "gradient_checkpointing", False):
+                forward = partial(_checkpointed, layer, forward)
+                changes.append((layer, "gradient_checkpointing", False))
+            changes.append((layer, "forward", forward))
+        return swapped(changes)
 
 
 def _checkpointed(layer, forward, *args, **kwargs):
@@ -50,21 +47,6 @@ def _checkpointed(layer, forward, *args, **kwargs):
     if not layer.training:
         return forward(*args, **kwargs)
     return layer._gradient_checkpointing_func(partial(forward, **kwargs), *args)
-
-
-@contextmanager
-def _attribute(module, name, value):
-    """An instance's own attribute, inside."""
-    own = vars(module)
-    had, before = name in own, own.get(name)
-    own[name] = value
-    try:
-        yield
-    finally:
-        if had:
-            own[name] = before
-        else:
-            del own[name]
 
 
 @torch.compiler.disable

@@ -3,22 +3,23 @@
 Loss: next-token cross-entropy and/or KL to the teacher, which is the same model with its own weights and softmax on.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D  # a linear layer with its weight transposed, as in GPT-2
 
 from linearize_kernels import logit_losses
 
 from .errors import RecipeError
+from .instances import swapped
 from .modeling_linearized import LinearizedAttentionMixin, linear_attentions
 from .output_head import final_states, output_head
 from .sequences import model_inputs
 from .train import ParameterGroup
-from .variants import teacher
+from .variants import softmax_attention
 
 LOSS_CHUNK = 2048  # tokens whose logits are in memory at a time
 
@@ -66,6 +67,8 @@ class FinetuneStage:
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.weights = getattr(model, "trained_weights", None)
         self.head = output_head(self.base)  # None: its logits are made whole
+        self.modules = list(model.modules())
+        self.adapted = [m for m in self.modules if isinstance(m, BaseTunerLayer)]
         maps = [p for layer in linear_attentions(model).values() for p in layer.parameters()]
         for parameter in maps:
             parameter.requires_grad_(settings.maps_lr > 0)
@@ -93,7 +96,8 @@ class FinetuneStage:
         self.refresh()
         inputs = model_inputs(batch)
         labels = batch["labels"][:, 1:]
-        self.model.train(backward)
+        if any(m.training != backward for m in self.modules):
+            self.model.train(backward)
         reference = self.teacher_states(inputs) if self.loss.kl else None
         with torch.set_grad_enabled(backward), self.autocast(labels.device):
             ce, kl = token_losses(self.states(inputs), labels, reference, self.head)
@@ -114,18 +118,21 @@ class FinetuneStage:
         """LoRA's float32 weights multiply in the base model's dtype; the maps see to themselves in float32."""
         dtype = self.model.dtype
         half = dtype in (torch.bfloat16, torch.float16)
-        with disable_input_dtype_casting(self.model, half), torch.autocast(device.type, dtype, enabled=half):
+        uncast = [(m, "cast_input_dtype_enabled", False) for m in self.adapted if half]  # peft's own, without a walk
+        with swapped(uncast), torch.autocast(device.type, dtype, enabled=half):
             yield
 
     @torch.no_grad()
     def teacher_states(self, inputs):
-        """`states` of the base model: no second copy of it is needed."""
-        training = self.model.training
-        self.model.eval()
-        with teacher(self.model):
-            states = self.states(inputs)
-        self.model.train(training)
-        return states
+        """`states` of the base model: no second copy of it is needed.
+
+        As inside `variants.teacher`, without peft's walks over all modules.
+        """
+        bare = [(m, "forward", m.get_base_layer().forward) for m in self.adapted]
+        mode = [(m, "training", False) for m in self.modules if m.training]
+        own = self.weights.undone() if self.weights else nullcontext()
+        with swapped(bare + mode), own, softmax_attention(self.model):
+            return self.states(inputs)
 
 
 def token_losses(states, labels, teacher=None, head=None):

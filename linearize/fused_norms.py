@@ -5,18 +5,15 @@ from types import MethodType
 
 import torch
 
+from .instances import swapped
+
 
 @contextmanager
 def fused_norms(model):
     """Inside, RMSNorms of `model` run as torch.nn.functional.rms_norm: equal up to rounding, probed one by one."""
-    swapped = [m for m in model.modules() if is_rms_norm(m)]
-    for module in swapped:
-        module.forward = MethodType(_rms_norm, module)
-    try:
+    norms = [m for m in model.modules() if is_rms_norm(m)]
+    with swapped((m, "forward", MethodType(_rms_norm, m)) for m in norms):
         yield model
-    finally:
-        for module in swapped:
-            del module.forward
 
 
 @torch.no_grad()
