@@ -51,11 +51,12 @@ def make_finetune(layers=3, *, kl=1.0, gradient_checkpointing) -> FinetuneStage:
     return FinetuneStage(model, settings, gradient_checkpointing=gradient_checkpointing)
 
 
-def step(stage, context) -> tuple[dict, list]:
+def step(stage, context, *, length=24) -> tuple[dict, list]:
     """Figures and gradients of one micro-batch, whose dropout is the same every time."""
     torch.manual_seed(3)
+    batch = {name: tensor.to(stage.model.device) for name, tensor in make_batch(length).items()}
     with fused_norms(stage.model), context:
-        figures = stage.run(make_batch(), scale=0.5, backward=True)
+        figures = stage.run(batch, scale=0.5, backward=True)
     parameters = [p for group in stage.groups for p in group.parameters]
     gradients = [p.grad for p in parameters]
     for parameter in parameters:
@@ -98,6 +99,15 @@ def test_finetuning_gives_the_same_numbers_and_drops_the_same(gradient_checkpoin
     assert set(stage.model.state_dict()) == names
     changed = [m for m in stage.model.modules() if {"forward", "call_attention"} & set(vars(m))]
     assert not changed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [make_match, lambda: make_finetune(gradient_checkpointing=False)])
+def test_on_a_gpu_the_numbers_are_the_same(make):
+    stage = make()
+    stage.model.to("cuda")
+    plain = step(stage, nullcontext(), length=192)
+    assert_same(step(stage, CompiledLayers(stage.model).on(), length=192), plain)
 
 
 def test_layers_are_found_in_their_order_also_under_lora():

@@ -7,7 +7,7 @@ from pico import make_model
 from linearize.fused_norms import fused_norms, is_rms_norm
 
 
-@pytest.mark.parametrize(("name", "a_layer"), [("llama", 2), ("qwen3", 4), ("gpt2", 0), ("gemma2", 0)])
+@pytest.mark.parametrize(("name", "a_layer"), [("llama", 2), ("qwen3", 4), ("gpt2", 0), ("gemma2", 0), ("qwen3_next", 0)])
 def test_rms_norms_are_known_by_what_they_do(name, a_layer):
     """Gemma's multiplies by 1 + weight, GPT-2's takes the mean off: both stay."""
     model = make_model(name)
