@@ -1,6 +1,7 @@
 """The benchmark of the training stages: tiny runs on a CPU, through the real training loop."""
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from linearize_eval import bench_training
@@ -57,6 +58,26 @@ def test_a_profile_shows_operators_of_two_more_steps(capsys):
     layers = 2  # of seven projections each, in a step
     assert int(products[0].split(" ms")[1].split()[0]) == 7 * layers
     assert speed.tokens_per_second > 0
+
+
+def test_the_command_measures_every_combination(monkeypatch, capsys, tmp_path):
+    def measured(stage, name, config, *, batch, length, compile, **options):
+        assert options == dict(steps=10, documents=1, profile=False) and config.head_dim == 64
+        if batch == 8:
+            raise torch.OutOfMemoryError
+        return Speed(stage, name, batch, length, 1, compile, 1000.0, 2.0, 3.0, 0.5, 0.25)
+
+    monkeypatch.setattr(bench_training, "measure_training", measured)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    rows = bench_training.main(["--shapes", "135m", "--batches", "4,8", "--csv", str(tmp_path / "rows.csv")])
+    assert [(row.stage, row.batch, row.compiled) for row in rows] == [
+        (stage, batch, compiled) for stage in bench_training.STAGES for batch in (4, 8) for compiled in (False, True)
+    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 8 and len(lines[2]) == len(lines[1]) and "1,000" in lines[2]
+    assert lines[4].endswith("out of memory")
+    assert (tmp_path / "rows.csv").read_text().count("\n") == 9
 
 
 def test_unknown_shapes_are_refused(capsys):
