@@ -99,9 +99,10 @@ class _Loop:
         self.first_error, self.best_error, self.best_step, self.best = math.inf, math.inf, 0, None
 
     def compile(self) -> None:
-        """Has training compiled where `run.compile` says so, or says nothing and it pays."""
-        device, left = self.accelerator.device, (self.num_steps - self.step) * self.tokens_per_step
-        chosen = pays(device, left // self.accelerator.num_processes) if self.run.compile is None else self.run.compile
+        """Has training compiled where `run.compile` says so, or says nothing and it pays; resumed or not, the same."""
+        chosen, tokens = self.run.compile, self.num_steps * self.tokens_per_step // self.accelerator.num_processes
+        if chosen is None:
+            chosen = pays(self.accelerator.device, tokens)
         if chosen and not self.finished:
             self.compiled = CompiledLayers(self.stage.model).on
             self.log.say(f"{self.stage.name}: layers are compiled in the first step (run.compile: false: never)")
