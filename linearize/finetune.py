@@ -3,22 +3,22 @@
 Loss: next-token cross-entropy and/or KL to the teacher, which is the same model with its own weights and softmax on.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.helpers import disable_input_dtype_casting
-from torch.utils.checkpoint import checkpoint
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D  # a linear layer with its weight transposed, as in GPT-2
 
 from linearize_kernels import logit_losses
 
 from .errors import RecipeError
+from .instances import swapped
 from .modeling_linearized import LinearizedAttentionMixin, linear_attentions
 from .output_head import final_states, output_head
 from .sequences import model_inputs
 from .train import ParameterGroup
-from .variants import teacher
+from .variants import softmax_attention
 
 LOSS_CHUNK = 2048  # tokens whose logits are in memory at a time
 
@@ -66,6 +66,8 @@ class FinetuneStage:
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.weights = getattr(model, "trained_weights", None)
         self.head = output_head(self.base)  # None: its logits are made whole
+        self.modules = list(model.modules())
+        self.adapted = [m for m in self.modules if isinstance(m, BaseTunerLayer)]
         maps = [p for layer in linear_attentions(model).values() for p in layer.parameters()]
         for parameter in maps:
             parameter.requires_grad_(settings.maps_lr > 0)
@@ -93,15 +95,16 @@ class FinetuneStage:
         self.refresh()
         inputs = model_inputs(batch)
         labels = batch["labels"][:, 1:]
-        self.model.train(backward)
+        if any(m.training != backward for m in self.modules):
+            self.model.train(backward)
         reference = self.teacher_states(inputs) if self.loss.kl else None
         with torch.set_grad_enabled(backward), self.autocast(labels.device):
-            ce, kl = token_losses(self.states(inputs), labels, reference, self.head)
-            loss = scale * (self.loss.ce * ce + self.loss.kl * kl)
+            weights = scale * self.loss.ce, scale * self.loss.kl
+            loss, ce, kl = token_losses(self.states(inputs), labels, reference, self.head, weights=weights)
         if backward:
             loss.backward()
-        figures = {"loss": loss.detach(), "ce": scale * ce.detach()}
-        return {**figures, "kl": scale * kl.detach()} if self.loss.kl else figures
+        figures = {"loss": loss.detach(), "ce": scale * ce}
+        return {**figures, "kl": scale * kl} if self.loss.kl else figures
 
     def states(self, inputs):
         """What `head` makes logits of, of the model as it stands: [B, T - 1, hidden], or logits where there is none."""
@@ -114,39 +117,56 @@ class FinetuneStage:
         """LoRA's float32 weights multiply in the base model's dtype; the maps see to themselves in float32."""
         dtype = self.model.dtype
         half = dtype in (torch.bfloat16, torch.float16)
-        with disable_input_dtype_casting(self.model, half), torch.autocast(device.type, dtype, enabled=half):
+        uncast = [(m, "cast_input_dtype_enabled", False) for m in self.adapted if half]  # peft's own, without a walk
+        with swapped(uncast), torch.autocast(device.type, dtype, enabled=half):
             yield
 
     @torch.no_grad()
     def teacher_states(self, inputs):
-        """`states` of the base model: no second copy of it is needed."""
-        training = self.model.training
-        self.model.eval()
-        with teacher(self.model):
-            states = self.states(inputs)
-        self.model.train(training)
-        return states
+        """`states` of the base model: no second copy of it is needed.
+
+        As inside `variants.teacher`, without peft's walks over all modules.
+        """
+        bare = [(m, "forward", m.get_base_layer().forward) for m in self.adapted]
+        mode = [(m, "training", False) for m in self.modules if m.training]
+        own = self.weights.undone() if self.weights else nullcontext()
+        with swapped(bare + mode), own, softmax_attention(self.model):
+            return self.states(inputs)
 
 
-def token_losses(states, labels, teacher=None, head=None):
-    """Sums over tokens with a label: cross-entropy, and KL(teacher ‖ model), in float32, in nats.
+def token_losses(states, labels, teacher=None, head=None, *, weights=(1.0, 1.0)):
+    """(loss, ce, kl), sums over tokens with a label, in float32, in nats; loss is `weights` of the other two.
 
     states, teacher [B, T, size]: what head makes logits [., vocabulary] of (None: they are logits); labels [B, T],
-    -100 where there is nothing to predict. Only LOSS_CHUNK tokens' logits are in memory at a time; the backward pass
-    computes them again.
+    -100 where there is nothing to predict. Only loss is differentiable, in states, and head must not train: the
+    gradient is made along with the loss, while a chunk's logits, of LOSS_CHUNK tokens, are in memory.
     """
-    head = head or torch.nn.Identity()
-    parts, wanted = states.flatten(0, 1).split(LOSS_CHUNK), labels.flatten().split(LOSS_CHUNK)
-    references = [None] * len(parts) if teacher is None else teacher.flatten(0, 1).split(LOSS_CHUNK)
-    ce = kl = states.new_zeros((), dtype=torch.float32)
-    for part in zip(parts, wanted, references, strict=True):
-        chunk_ce, chunk_kl = checkpoint(_chunk_losses, *part, head, use_reentrant=False)
-        ce, kl = ce + chunk_ce, kl + chunk_kl
-    return ce, kl
+    teacher = None if teacher is None else teacher.flatten(0, 1)
+    return _TokenLosses.apply(states.flatten(0, 1), labels.flatten(), teacher, head or torch.nn.Identity(), weights)
 
 
-def _chunk_losses(states, labels, teacher, head):
-    if teacher is not None:
-        with torch.no_grad():
-            teacher = head(teacher)
-    return logit_losses(head(states), labels, teacher)
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states, labels, teacher, head, weights):
+        losses, differentiable = states.new_zeros(3, dtype=torch.float32), ctx.needs_input_grad[0]
+        gradient = torch.empty_like(states) if differentiable else None
+        for start in range(0, len(states), LOSS_CHUNK):
+            chunk = slice(start, start + LOSS_CHUNK)
+            wanted = None if teacher is None else head(teacher[chunk])
+            with torch.set_grad_enabled(differentiable):
+                part = states[chunk].detach().requires_grad_(differentiable)
+                ce, kl = logit_losses(head(part), labels[chunk], wanted)
+                loss = weights[0] * ce + weights[1] * kl
+            if differentiable:
+                (gradient[chunk],) = torch.autograd.grad(loss, part)
+            losses += torch.stack([loss, ce, kl]).detach()
+        ctx.save_for_backward(gradient)
+        loss, ce, kl = losses.clone().unbind()
+        ctx.mark_non_differentiable(ce, kl)
+        return loss, ce, kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope, *_):
+        (gradient,) = ctx.saved_tensors
+        return gradient * slope, None, None, None, None

@@ -108,8 +108,8 @@ class LinearAttention(nn.Module):
         if self.k_map.shape[0] != k.shape[1]:
             k = k.repeat_interleave(self.k_map.shape[0] // k.shape[1], 1)
         to_far = torch.cat([self.q_map, self.gate_weight[..., None]], -1).to(dtype)  # the gate is one column more
-        from_q = _map_heads(q, to_far)
-        q_far, gate = from_q[..., :-1], from_q[..., -1] + self.gate_bias.to(dtype)[:, None]
+        q_far, gate = _map_heads(q, to_far).split([to_far.shape[-1] - 1, 1], -1)  # one gradient, not two to add
+        gate = gate[..., 0] + self.gate_bias.to(dtype)[:, None]
         k_map = self.k_map.to(dtype)
         k_far = _map_heads(k, k_map) - self.key_center.to(dtype)[:, None] @ k_map
         return q_far.to(given), k_far.to(given), gate

@@ -102,13 +102,25 @@ def share_error(ours, teacher, valid=None):
 
 
 def relative_error(predicted, target, valid=None):
-    """Error power over output power of each sequence: [B, H, T, D] twice, valid [B, T] bool -> [B] float32."""
-    difference = predicted.float() - target
+    """Error power over output power of each sequence: [B, H, T, D] twice, valid [B, T] bool -> [B] float32.
+
+    Differentiable in predicted. The difference is kept in the dtype of the two.
+    """
+    difference = predicted - target
     if valid is not None:
         difference, target = (x * valid[:, None, :, None] for x in (difference, target))
-    return _power(difference) / _power(target).clamp_min(1e-12)
+    return _Power.apply(difference) / _Power.apply(target).clamp_min(1e-12)
 
 
-def _power(x):
-    """Sum of squares of each sequence, [B] float32, without a float32 copy of x."""
-    return torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=torch.float32).square()
+class _Power(torch.autograd.Function):
+    """Sum of squares of each sequence, [B] float32, one pass forward and one backward, without a float32 copy of x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=torch.float32).square()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return torch.mul(x, 2 * gradient[:, None, None, None], out=torch.empty_like(x))

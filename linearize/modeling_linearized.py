@@ -37,7 +37,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .linear_attention import FEATURE_MAPS, LinearAttention, State, hybrid_attention
 from .linearized_cache import CacheError, LinearizedCacheLayer, chosen_cache
-from .softmax_heads import kept_attention, softmax_function
+from .softmax_heads import kept_attention, scaling_of, teacher_attention
 
 LINEARIZED = "linearized"  # model type, and the attention implementation in which converted layers are linear
 TEACHER = "linearized_teacher"  # the attention implementation in which they run the base model's softmax
@@ -61,7 +61,7 @@ def linearized_attention(module, query, key, value, attention_mask, scaling=None
     q, k, v = heads.linear_part(query, key, value)
     (sink_logits,) = heads.linear_part(kwargs.get("s_aux"), dim=0)
     options = dict(
-        scaling=_scaling(query, scaling), valid=valid, segments=segments, softcap=kwargs.get("softcap"),
+        scaling=scaling_of(query, scaling), valid=valid, segments=segments, softcap=kwargs.get("softcap"),
         sink_logits=sink_logits,
     )  # fmt: skip
     out = linear(q, k, v, **options)[0] if layer is None else layer.attend(linear, q, k, v, **options)
@@ -85,27 +85,6 @@ def _cache_layer(module, cache):
     return layer
 
 
-def teacher_attention(module, query, key, value, attention_mask, scaling=None, observer=None, **kwargs):
-    """The base model's own softmax; `observer`, if given, sees what went in and came out, layer by layer.
-
-    observer(module, q, k, v, out [B, T, H, D], *, scaling, softcap, sink_logits, sliding_window, attend), where
-    attend(values [B, G, T, D]) is the same attention to other values.
-    """
-    softmax = softmax_function(module)
-
-    def attend(values):
-        return softmax(module, query, key, values, attention_mask, scaling=scaling, **kwargs)
-
-    out, weights = attend(value)
-    if observer is not None:
-        observer(
-            module, query, key, value, out, scaling=_scaling(query, scaling), softcap=kwargs.get("softcap"),
-            sink_logits=kwargs.get("s_aux"), sliding_window=kwargs.get("sliding_window"),
-            attend=lambda values: attend(values)[0],
-        )  # fmt: skip
-    return out, weights
-
-
 def linearized_mask(*, config, **kwargs):
     """No mask where every head is linear (padding goes another way), else that of the softmax layers and heads."""
     return softmax_mask(config=config, **kwargs) if config._has_softmax else None
@@ -115,14 +94,16 @@ def softmax_mask(*, config, **kwargs):
     return ALL_MASK_ATTENTION_FUNCTIONS[config._softmax_implementation](config=config, **kwargs)
 
 
-ALL_ATTENTION_FUNCTIONS.register(LINEARIZED, linearized_attention)
-ALL_ATTENTION_FUNCTIONS.register(TEACHER, teacher_attention)
+def _through_module(function, module, *args, **kwargs):
+    """`function` as the module's own `call_attention`, if it was given one, wants it called (see CompiledLayers)."""
+    call = getattr(module, "call_attention", None)
+    return function(module, *args, **kwargs) if call is None else call(function, module, *args, **kwargs)
+
+
+for _name, _function in ((LINEARIZED, linearized_attention), (TEACHER, teacher_attention)):
+    ALL_ATTENTION_FUNCTIONS.register(_name, functools.partial(_through_module, _function))
 ALL_MASK_ATTENTION_FUNCTIONS.register(LINEARIZED, linearized_mask)
 ALL_MASK_ATTENTION_FUNCTIONS.register(TEACHER, softmax_mask)
-
-
-def _scaling(query, scaling):
-    return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
 class LinearContext:

@@ -5,6 +5,7 @@ import time
 import torch
 
 from .architecture import keep_softmax_, linearize_
+from .finetune import LOSS_CHUNK
 from .kept_softmax import evenly_spaced, heads_by_layer, units_of, written_down
 from .lengths import length_of, rows_a_forward
 from .loading import load_teacher_config, pick_device
@@ -67,18 +68,50 @@ def _memory_lines(recipe, keep, model, layers) -> list[str]:
     caches, kept_caches = (
         ", ".join(f"{bytes_ * n / 2**20:,.1f} at {n}" for n in CONTEXTS) for bytes_ in (per_token, kept)
     )
-    width = 4 if pick_device(recipe.run.device).type == "cpu" else 2
-    weights = sum(p.numel() for p in model.parameters()) * width
-    stages = recipe.trained.values()
-    forwards = [rows_a_forward(recipe, stage) * length_of(recipe, stage) for stage in stages]
-    tokens = max(forwards, default=recipe.run.micro_batch * recipe.data.sequence_length)
-    logits = tokens * model.config.get_text_config().vocab_size * width
-    need = (weights + 6 * logits) / 2**30 + 0.8
+    need = _training_bytes(recipe, model, layers) / 2**30 + 0.8
     return [
         f"state        {state / 2**20:,.2f} MiB a sequence at any length; KV cache it replaces, MiB: {caches} (bf16)",
         *([f"kept cache   of what stays softmax by this recipe, MiB: {kept_caches}"] if kept else []),
-        f"memory       about {need:,.1f} GiB while training (weights and logits; estimate)",
+        f"memory       about {need:,.1f} GiB while training (weights, activations and logits; estimate)",
     ]
+
+
+def _training_bytes(recipe, model, layers) -> float:
+    """Weights, and what the larger stage keeps beside them.
+
+    Matching holds one layer's activations at a time, finetuning those of all, or with checkpointing one layer's and
+    the inputs of the others; its logits are made LOSS_CHUNK tokens at a time.
+    """
+    config, width = model.config.get_text_config(), 4 if pick_device(recipe.run.device).type == "cpu" else 2
+    weights = sum(p.numel() for p in model.parameters())
+    token, tokens, needs = _layer_bytes(config, layers, width), _tokens_a_forward(recipe), [0]
+    if "match" in tokens:
+        needs.append(tokens["match"] * token)
+    if "finetune" in tokens:
+        num_layers, stream = config.num_hidden_layers, config.hidden_size * width
+        kept = token + num_layers * stream if recipe.run.gradient_checkpointing else num_layers * token
+        logits = 6 * min(LOSS_CHUNK, tokens["finetune"]) * config.vocab_size * width
+        fixed = {p for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
+        trained = 16 * (weights - sum(p.numel() for p in fixed)) if recipe.finetune.train == "layers" else 0
+        needs.append(tokens["finetune"] * (kept + 2 * stream) + logits + trained)
+    return weights * width + max(needs)
+
+
+def _tokens_a_forward(recipe) -> dict[str, int]:
+    """Stage -> tokens of a forward pass."""
+    return {name: rows_a_forward(recipe, stage) * length_of(recipe, stage) for name, stage in recipe.trained.items()}
+
+
+def _layer_bytes(config, layers, width: int) -> int:
+    """What a layer keeps of a token for its backward pass, as Llama's with LoRA on all projections does.
+
+    Four of the hidden state (inputs and outputs of two norms); of queries themselves, twice in float32 for the maps,
+    the output and what its rounding lost; of keys and values; of the MLP gate, its activation, up and their product.
+    """
+    linear = next(iter(layers.values()))
+    queries, keys = linear.heads.num_heads * linear.head_dim, linear.heads.num_kv_heads * linear.head_dim
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return width * (4 * config.hidden_size + 3 * queries + 2 * keys + 4 * inner) + 4 * (queries + keys)
 
 
 def _kept_heads(keep, layers) -> int:

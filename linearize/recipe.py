@@ -198,6 +198,9 @@ class RunSettings(Section):
         1, help="sequences a forward pass and process; of another length in a stage, as many tokens", minimum=1
     )
     gradient_checkpointing: bool = setting(False, help="less memory, a second forward pass (finetune)")
+    compile: bool | None = setting(
+        None, help="torch.compile of the layers in training; null: on a GPU, where a stage is long enough to gain"
+    )
     checkpoint_every: int = setting(50, help="steps between checkpoints to resume from", minimum=1)
     trackers: list[str] = setting([], help="accelerate's trackers: tensorboard, wandb, ...", unique=True)
 

@@ -21,6 +21,32 @@ def softmax_function(module):
     raise ValueError(f"{type(module).__name__}: no eager_attention_forward beside it, so it is not supported")
 
 
+def teacher_attention(module, query, key, value, attention_mask, scaling=None, observer=None, **kwargs):
+    """The base model's own softmax; `observer`, if given, sees what went in and came out, layer by layer.
+
+    observer(module, q, k, v, out [B, T, H, D], *, scaling, softcap, sink_logits, sliding_window, attend), where
+    attend(values [B, G, T, D]) is the same attention to other values.
+    """
+    softmax = softmax_function(module)
+
+    def attend(values):
+        return softmax(module, query, key, values, attention_mask, scaling=scaling, **kwargs)
+
+    out, weights = attend(value)
+    if observer is not None:
+        observer(
+            module, query, key, value, out, scaling=scaling_of(query, scaling), softcap=kwargs.get("softcap"),
+            sink_logits=kwargs.get("s_aux"), sliding_window=kwargs.get("sliding_window"),
+            attend=lambda values: attend(values)[0],
+        )  # fmt: skip
+    return out, weights
+
+
+def scaling_of(query, scaling):
+    """The factor of q·k, where an attention function may leave it out."""
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
 class HeadSplit:
     """Which kv heads of a layer, each with its query heads, are linear and which are kept in softmax.
 

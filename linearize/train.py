@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,7 @@ from typing import Protocol
 import numpy
 import torch
 
+from .compiled_layers import CompiledLayers, pays
 from .errors import TrainingError
 from .run_log import RunLog
 from .sequences import PackedSequences, TokenData, batch_indices
@@ -70,6 +72,7 @@ def train(stage: Stage, data: TokenData, settings, *, run, accelerator, folder: 
     """
     loop = _Loop(stage, data, settings, run, accelerator, folder, log)
     loop.resume()
+    loop.compile()
     loop.train()
     return loop.result()
 
@@ -91,8 +94,18 @@ class _Loop:
             fused=accelerator.device.type == "cuda",
         )  # fmt: skip
         self.parameters = [p for g in stage.groups for p in g.parameters]
+        self.compiled = nullcontext  # makes the context in which a micro-batch trains
         self.step, self.bad_evaluations, self.finished = 0, 0, False
         self.first_error, self.best_error, self.best_step, self.best = math.inf, math.inf, 0, None
+
+    def compile(self) -> None:
+        """Has training compiled where `run.compile` says so, or says nothing and it pays; resumed or not, the same."""
+        chosen, tokens = self.run.compile, self.num_steps * self.tokens_per_step // self.accelerator.num_processes
+        if chosen is None:
+            chosen = pays(self.accelerator.device, tokens)
+        if chosen and not self.finished:
+            self.compiled = CompiledLayers(self.stage.model).on
+            self.log.say(f"{self.stage.name}: layers are compiled in the first step (run.compile: false: never)")
 
     def train(self) -> None:
         bar = self.log.progress(self.stage.name, start=self.step, total=self.num_steps)
@@ -164,7 +177,8 @@ class _Loop:
         batches = [{name: t.to(self.accelerator.device) for name, t in batch.items()} for batch in batches]
         names, total = [], 0
         for batch in batches:
-            with dropped_window(self.stage.model, self.window_dropout() if backward else 0):
+            window = dropped_window(self.stage.model, self.window_dropout() if backward else 0)
+            with window, self.compiled() if backward else nullcontext():
                 figures = self.stage.run(batch, scale=1 / max(terms, 1), backward=backward)
             names, total = list(figures), total + torch.stack([v.detach().double() for v in figures.values()])
         totals = dict(zip(names, total, strict=True)) if names else {}

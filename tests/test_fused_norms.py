@@ -6,10 +6,12 @@ from pico import make_model
 
 from linearize.fused_norms import fused_norms, is_rms_norm
 
+NORMS = {"llama": 2, "qwen3": 4, "gpt2": 0, "gemma2": 0, "qwen3_next": 0}
 
-@pytest.mark.parametrize(("name", "a_layer"), [("llama", 2), ("qwen3", 4), ("gpt2", 0), ("gemma2", 0)])
+
+@pytest.mark.parametrize(("name", "a_layer"), NORMS.items())
 def test_rms_norms_are_known_by_what_they_do(name, a_layer):
-    """Gemma's multiplies by 1 + weight, GPT-2's takes the mean off: both stay."""
+    """Gemma's and Qwen3-Next's multiply by 1 + weight or have a gate, GPT-2's takes the mean off: they stay."""
     model = make_model(name)
     count = a_layer and a_layer * model.config.num_hidden_layers + 1
     for parameter in model.parameters():

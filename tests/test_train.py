@@ -344,6 +344,20 @@ def test_the_loss_ignores_padding_and_scale():
     torch.testing.assert_close(error, relative_error(7 * predicted, 7 * out, valid))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_the_loss_is_that_of_its_formula(dtype):
+    out = torch.randn(2, 4, 6, 8).to(dtype)
+    predicted = (out + 0.3 * torch.randn(2, 4, 6, 8)).to(dtype).requires_grad_()
+    valid, weights = torch.rand(2, 6) < 0.7, torch.tensor([0.5, 2.0])
+    (relative_error(predicted, out, valid) * weights).sum().backward()
+    mask, exact = valid[:, None, :, None], predicted.detach().double().requires_grad_()
+    powers = [(x * mask).square().sum((1, 2, 3)) for x in (exact - out.double(), out.double())]
+    (powers[0] / powers[1] * weights).sum().backward()
+    assert predicted.grad.dtype == dtype
+    error = (predicted.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert 0 < error < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
 def test_one_layers_activations_are_alive_at_a_time():
     """Nothing autograd saved in one layer is left when the next one is entered."""
     stage, live, entered, most = make_match(layers=4), weakref.WeakSet(), [], []
