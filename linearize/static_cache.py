@@ -34,12 +34,12 @@ class StaticSoftmaxLayer(DynamicLayer):
         shape = (batch, heads, slots, head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.next_slot, self.is_initialized = next_slot, True  # [B] int64, on the device
+        self.rows = torch.arange(batch, device=device)
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Puts one new token a row, [B, G, 1, D] each, into its slot; returns all slots."""
-        index = self.next_slot[:, None, None, None].expand_as(key_states)
-        self.keys.scatter_(2, index, key_states)
-        self.values.scatter_(2, index, value_states)
+        self.keys[self.rows, :, self.next_slot] = key_states[:, :, 0]  # no scatter_: compiled, it would copy all slots
+        self.values[self.rows, :, self.next_slot] = value_states[:, :, 0]
         return self.keys, self.values
 
     def load(self, layer, rows, order) -> None:
@@ -111,10 +111,9 @@ class StaticLinearLayer(LinearizedCacheLayer):
         for name in (f.name for f in fields(new) if f.name != "window"):
             put(getattr(self.decode_state, name), rows, getattr(new, name))
 
-    @torch.compiler.disable
     def attend(self, linear_attn, q, k, v, *, scaling, softcap=None, sink_logits=None, **_):
         """Output [B, H, 1, D] for one new token a row, none of them padding."""
-        from linearize_kernels.decode import decode
+        from linearize_kernels.decode_op import decode_op
 
         if self.decode_state is None:
             return torch.empty_like(q)
@@ -124,7 +123,7 @@ class StaticLinearLayer(LinearizedCacheLayer):
         q_far = torch.baddbmm(q_bias, q[:, :, 0].transpose(0, 1).float(), q_weight).transpose(0, 1)
         k_far = torch.baddbmm(k_bias, k[:, :, 0].transpose(0, 1).float(), k_weight).transpose(0, 1)
         q_far, gate, k_far = q_far[:, :, None, :-1], q_far[:, :, None, -1], k_far[:, :, None]
-        return decode(q, k, v, q_far, k_far, gate, self.decode_state, scaling=scaling, log_decay=log_decay)
+        return decode_op(q, k, v, q_far, k_far, gate, self.decode_state, scaling=scaling, log_decay=log_decay)
 
     def num_bytes(self) -> int:
         parts = [self.decode_state] * (self.decode_state is not None) + [self.kept] * bool(self.linear_attn.heads.kept)
