@@ -77,6 +77,8 @@ def process(folder, source, target, *, template: str = "{text}", chat: bool = Fa
             model, batch=batch, sampling=sampling, mode=mode, pad=tokenizer.pad_token_id,
             max_length=prompts.max_length, disable_compile=disable_compile,
         )  # fmt: skip
+        if rank == 0 and decoder.compile_seconds is not None:
+            print(f"the decode step was compiled in {decoder.compile_seconds:.0f} s")
         work = _Work(model, decoder, before, prompts)
         done = sum(output.is_done(n) for n in range(rank, total, world))
         with tqdm(total=len(range(rank, total, world)), initial=done, unit="row", disable=rank > 0) as bar:

@@ -82,15 +82,15 @@ class StaticLinearLayer(LinearizedCacheLayer):
 
     @torch.no_grad()
     def _fuse_maps(self) -> None:
-        """Map and gate in one product a side: q [W_q | u] + [0 | b],  k W_k - c W_k. In place, where they exist."""
+        """Maps and gate as one product: q [W_q | u] + [0 | b] and k [W_k | 0] - c [W_k | 0]. In place, where they exist."""
         linear = self.linear_attn
         q_weight = torch.cat([linear.q_map, linear.gate_weight[..., None]], -1).float()  # [H, D, d + 1]
         q_bias = torch.zeros_like(q_weight[:, :1])
         q_bias[..., -1] = linear.gate_bias[:, None] if linear.far_enabled else -torch.inf
-        k_weight = linear.k_map.float()
+        k_weight = torch.nn.functional.pad(linear.k_map.float(), [0, 1])  # [G, D, d + 1]
         k_bias = -(linear.key_center.float()[:, None] @ k_weight)
         log_decay = None if linear.log_decay is None else linear.log_decay.float()  # a whole model may be in bfloat16
-        new = q_weight, q_bias, k_weight.clone(), k_bias, log_decay
+        new = torch.cat([q_weight, k_weight]), torch.cat([q_bias, k_bias]), log_decay
         if self.maps is None:
             self.maps = new
         for mine, x in zip(self.maps, new, strict=True):
@@ -119,10 +119,11 @@ class StaticLinearLayer(LinearizedCacheLayer):
             return torch.empty_like(q)
         if softcap is not None or sink_logits is not None:
             raise StaticError("its attention has a softcap or sink logits, which the decode kernel lacks")
-        q_weight, q_bias, k_weight, k_bias, log_decay = self.maps
-        q_far = torch.baddbmm(q_bias, q[:, :, 0].transpose(0, 1).float(), q_weight).transpose(0, 1)
-        k_far = torch.baddbmm(k_bias, k[:, :, 0].transpose(0, 1).float(), k_weight).transpose(0, 1)
-        q_far, gate, k_far = q_far[:, :, None, :-1], q_far[:, :, None, -1], k_far[:, :, None]
+        weight, bias, log_decay = self.maps
+        heads = torch.cat([q.float(), k.float()], 1)[:, :, 0].transpose(0, 1)  # [H + G, B, D]
+        far = torch.baddbmm(bias, heads, weight).transpose(0, 1)[:, :, None]  # [B, H + G, 1, d + 1]
+        of_q, k_far = far[:, : q.shape[1]], far[:, q.shape[1] :, :, :-1]
+        q_far, gate = of_q[..., :-1], of_q[..., -1]
         return decode_op(q, k, v, q_far, k_far, gate, self.decode_state, scaling=scaling, log_decay=log_decay)
 
     def num_bytes(self) -> int:

@@ -60,8 +60,9 @@ def test_every_side_prompt_and_batch_is_measured(folder, teacher, tmp_path, caps
 
 def test_a_cell_in_a_process_of_its_own(folder, capsys, tmp_path):
     words = ("--cells", "32:1", "--new", 9, "--steps", 4, "--made-up", "--output", tmp_path / "run")
-    assert run(folder, *words) == 0
-    assert "4 decode steps from the middle of 8" in capsys.readouterr().out
+    assert run(folder, *words, "--profile") == 0
+    printed = capsys.readouterr().out
+    assert "4 decode steps from the middle of 8" in printed and "us a step" in printed and "aten::mm" in printed
     (row,) = csv.DictReader((tmp_path / "run.csv").open())
     assert row["steps"] == "4" and row["how"] == "eager; memory made up" and row["prefill_tokens_s"] == ""
     assert 0.05 < float(row["resident_gb"]) <= float(row["peak_gb"]) < 2
