@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 from .errors import LinearizeError
 from .modeling_linearized import CACHE
@@ -186,6 +185,8 @@ class Decoder:
 
     def _compile(self, *, must: bool) -> None:
         """Replaces `run_model`, as one graph of torch.compile, and runs it once."""
+        from torch._dynamo.exc import TorchDynamoException  # takes seconds
+
         self.run_model, start = torch.compile(self._run_model, fullgraph=True, dynamic=False), time.perf_counter()
         try:
             with torch._dynamo.config.patch(recompile_limit=256):  # one for each sort of Decoder in this process

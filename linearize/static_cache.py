@@ -82,7 +82,7 @@ class StaticLinearLayer(LinearizedCacheLayer):
 
     @torch.no_grad()
     def _fuse_maps(self) -> None:
-        """Maps and gate as one product: q [W_q | u] + [0 | b] and k [W_k | 0] - c [W_k | 0]. In place, where they exist."""
+        """Maps and gate as one product: q [W_q | u] + [0 | b], k [W_k | 0] - c [W_k | 0]; in place if they are."""
         linear = self.linear_attn
         q_weight = torch.cat([linear.q_map, linear.gate_weight[..., None]], -1).float()  # [H, D, d + 1]
         q_bias = torch.zeros_like(q_weight[:, :1])

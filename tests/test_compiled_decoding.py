@@ -1,5 +1,6 @@
 """The decode step through torch.compile: the same tokens, few kernels, nothing copied that is changed in place."""
 
+import functools
 import re
 
 import pytest
@@ -27,7 +28,8 @@ def early():
 
 
 def make(**settings):
-    return convert(make_model("llama"), **settings)
+    """Of one layer: a C++ compiler takes seconds for each kernel."""
+    return convert(make_model("llama", num_hidden_layers=1), **settings)
 
 
 def decode(decoder):
@@ -58,15 +60,16 @@ def test_tokens_and_logits_are_those_of_the_step_as_it_is(compiled):
 
 def test_memory_is_changed_in_place_by_few_kernels(compiled):
     _, _, code = compiled
-    calls = re.findall(r"= torch\.ops\.linearize\.decode\.default\((.*)\)", code)
-    assert len(calls) == 2, "one a layer"
-    for call in calls:  # the seven tensors of a state that change, its offset and the decay: as they came in
-        assert len(re.findall(r"\barg\d+_1", call)) == 9, call
-    assert len(re.findall(r"^ +cpp_fused\w+\(", code, re.MULTILINE)) <= 1 + 5 * 2, "norms, rotary, products fused"
+    (call,) = re.findall(r"= torch\.ops\.linearize\.decode\.default\((.*)\)", code)
+    # the seven tensors of a state that change, its offset and the decay: as they came in
+    assert len(re.findall(r"\barg\d+_1", call)) == 9, call
+    fused = re.findall(r"^ +cpp_fused\w+\(", code, re.MULTILINE)
+    assert len(fused) <= 6, "two norms, rotary of q and of k, the product of the MLP; the last norm"
 
 
-def test_kept_softmax_is_compiled_with_the_rest():
-    model = make(keep_softmax=[0], heads=[(1, 1)])
+def test_kept_softmax_is_compiled_with_the_rest(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no C++ compiler
+    model = convert(make_model("llama"), keep_softmax=[0], heads=[(1, 1)])
     plain, decoder = (
         Decoder(model, batch=1, mode="static", max_length=24, disable_compile=off) for off in (None, False)
     )
