@@ -120,11 +120,12 @@ class StaticLinearLayer(LinearizedCacheLayer):
         if softcap is not None or sink_logits is not None:
             raise StaticError("its attention has a softcap or sink logits, which the decode kernel lacks")
         weight, bias, log_decay = self.maps
-        heads = torch.cat([q.float(), k.float()], 1)[:, :, 0].transpose(0, 1)  # [H + G, B, D]
-        far = torch.baddbmm(bias, heads, weight).transpose(0, 1)[:, :, None]  # [B, H + G, 1, d + 1]
-        of_q, k_far = far[:, : q.shape[1]], far[:, q.shape[1] :, :, :-1]
-        q_far, gate = of_q[..., :-1], of_q[..., -1]
-        return decode_op(q, k, v, q_far, k_far, gate, self.decode_state, scaling=scaling, log_decay=log_decay)
+        sizes = q.shape[1], k.shape[1]
+        both = torch.cat([q, k], 1)  # [B, H + G, 1, D]
+        far = torch.baddbmm(bias, both[:, :, 0].transpose(0, 1).float(), weight).transpose(0, 1)[:, :, None]
+        (q, k), (q_far, k_far) = both.split(sizes, 1), far.split(sizes, 1)  # far [B, H + G, 1, d + 1], the gate last
+        return decode_op(q, k, v, q_far[..., :-1], k_far[..., :-1], q_far[..., -1], self.decode_state,
+                         scaling=scaling, log_decay=log_decay)  # fmt: skip
 
     def num_bytes(self) -> int:
         parts = [self.decode_state] * (self.decode_state is not None) + [self.kept] * bool(self.linear_attn.heads.kept)
