@@ -15,11 +15,11 @@ SHOWN = 20  # kernels
 
 def print_profile(decoder) -> None:
     """Runs PROFILED more steps and prints kernels by their time: times a step, microseconds a step, and share."""
-    rows = profile_step(decoder)
+    rows, what = profile_step(decoder), "kernels" if decoder.device.type == "cuda" else "operators"
     total = sum(time for _, _, time in rows)
     count = sum(times for _, times, _ in rows)
-    print(f"{count:,.0f} kernels a step, {total / 1e3:,.3f} ms in them")
-    print(f"{'a step':>8}{'us a step':>11}{'share':>7}  kernel")
+    print(f"{count:,.0f} {what} a step, {total / 1e3:,.3f} ms in them")
+    print(f"{'a step':>8}{'us a step':>11}{'share':>7}")
     for name, times, time in rows[:SHOWN]:
         print(f"{times:>8,.0f}{time:>11,.1f}{time / total:>7.1%}  {name[:90]}")
     if rest := rows[SHOWN:]:
