@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from linearize import graph_cache, linearized_cache
 from linearize.decoding import Decoder
 from linearize.errors import LinearizeError
-from linearize.static_cache import StaticLinearLayer
+from linearize.static_cache import StaticLinearLayer, StaticSoftmaxLayer
 
 NEW, IDS = 4, make_tokens(1, 13)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what a GPU adds is in test_decoding.py")
@@ -65,6 +65,18 @@ def test_memory_is_changed_in_place_by_few_kernels(compiled):
     assert len(re.findall(r"\barg\d+_1", call)) == 9, call
     fused = re.findall(r"^ +cpp_fused\w+\(", code, re.MULTILINE)
     assert len(fused) <= 6, "two norms, rotary of q and of k, the product of the MLP; the last norm"
+
+
+def test_slots_of_softmax_are_not_copied():
+    options = dict(batch=2, heads=2, head_dim=4, slots=8, dtype=torch.float32, device="cpu")
+    layer = StaticSoftmaxLayer(next_slot=torch.tensor([3, 5]), **options)
+    k, v = torch.randn(2, 2, 2, 1, 4)
+    (keys, values), (code,) = run_and_get_code(torch.compile(layer.update, fullgraph=True, dynamic=False), k, v)
+    assert "empty_strided_cpu(" not in code.partition("def call(")[2], "nothing is allocated"
+    for slots, new in ((keys, k), (values, v)):
+        expected = torch.zeros(2, 2, 8, 4)
+        expected[0, :, 3], expected[1, :, 5] = new[0, :, 0], new[1, :, 0]
+        assert torch.equal(slots, expected)
 
 
 def test_kept_softmax_is_compiled_with_the_rest(monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pico import convert, make_model, make_tokens, pad
+from pico import convert, make_model, make_tokens, pad, relative_error
 
 from linearize.decoding import Decoder, generate
 from linearize.errors import LinearizeError
@@ -305,6 +305,25 @@ def test_a_graph_gives_the_eager_tokens():
         assert (decoder.compile_seconds is None) == bool(disable_compile), decoder.why_not_compiled
         got = generate(model, ids, mask, max_new_tokens=40, decoder=decoder)
         assert torch.equal(got, expected(model, ids, mask, new=40))
+
+
+@pytest.mark.gpu
+def test_a_compiled_graph_in_bfloat16_is_as_exact_as_the_step_as_it_is():
+    settings, (ids, mask) = dict(window=16, dim=8), batch()
+    low = make(**settings).bfloat16()
+    decoders = [Decoder(m, batch=3, mode="graph", disable_compile=off)
+                for m, off in ((make(**settings), True), (low, True), (low, False))]  # fmt: skip
+    for decoder in decoders:
+        decoder.prefill(ids, mask)
+    errors = []
+    for _ in range(60):
+        for decoder in decoders:
+            decoder.token.copy_(decoders[0].token)
+        for decoder in decoders:
+            decoder.decode_one()
+        errors.append([relative_error(d.logits, decoders[0].logits) for d in decoders])
+    _, plain, compiled = torch.tensor(errors).mean(0)
+    assert 0 < compiled < 1.5 * plain < 0.15
 
 
 @pytest.mark.gpu
