@@ -178,7 +178,7 @@ class Decoder:
             if mode != "static":
                 self._capture()
         except StaticError as error:
-            if mode != "auto":
+            if mode != "auto" or disable_compile is False:
                 raise
             self.why_eager, self.graph, self.cache = str(error), None, None
             self.run_model, self.compile_seconds = self._run_model, None

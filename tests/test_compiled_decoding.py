@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from linearize import graph_cache, linearized_cache
 from linearize.decoding import Decoder
 from linearize.errors import LinearizeError
-from linearize.static_cache import StaticLinearLayer, StaticSoftmaxLayer
+from linearize.static_cache import StaticError, StaticLinearLayer, StaticSoftmaxLayer
 
 NEW, IDS = 4, make_tokens(1, 13)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what a GPU adds is in test_decoding.py")
@@ -104,6 +104,8 @@ def test_what_cannot_be_compiled_is_told(monkeypatch, caplog):
     assert decoder.compile_seconds is None and "graph_break" in decoder.why_not_compiled
     assert "not compiled" in caplog.text
     decoder.decode_one()
+    with pytest.raises(StaticError, match="needs a CUDA GPU"):
+        Decoder(model, batch=3, disable_compile=False)
     with pytest.raises(LinearizeError, match="never compiled"):
         Decoder(model, batch=3, mode="eager", disable_compile=False)
 
