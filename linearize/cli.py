@@ -197,7 +197,9 @@ def _add_bench(verbs) -> None:
     what.add_argument("--sides", type=_names, metavar="A,B", help="converted, teacher-static, teacher-dynamic (all)")
     what.add_argument("--steps", type=_positive, metavar="N", help="time N of the new tokens (default all)")
     what.add_argument("--made-up", action="store_true", help="decode from random memory: no prompt is read")
-    parser.add_argument("--compile-layers", action="store_true", help="torch.compile each layer, on both sides")
+    about = "no torch.compile of the step, on both sides (default: where the step is one CUDA graph)"
+    parser.add_argument("--disable-compile", action="store_const", const=True, help=about)
+    parser.add_argument("--profile", action="store_true", help="also list the kernels of a step by their time")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="default bfloat16")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     parser.add_argument("--output", metavar="PATH", help="also write PATH.csv and PATH.png")
@@ -303,8 +305,8 @@ def _bench_kernels(args: argparse.Namespace) -> None:
 def _bench_generation(args: argparse.Namespace) -> None:
     from linearize_eval.generation_bench import bench_generation
 
-    names = ("folder", "against", "shape", "prompts", "new", "batches", "sides", "dtype", "device", "compile_layers")
-    more = ("output", "window", "steps", "made_up", "cells")
+    names = ("folder", "against", "shape", "prompts", "new", "batches", "sides", "dtype", "device", "disable_compile")
+    more = ("output", "window", "steps", "made_up", "cells", "profile")
     bench_generation(**{name: getattr(args, name) for name in (*names, *more)})
 
 

@@ -61,6 +61,7 @@ BENCH_EPILOG = """\
 examples:
   linearize bench generation runs/my --against HuggingFaceTB/SmolLM2-135M --output bench
   linearize bench generation --shape llama-3.1-8b --cells 1k:1,32k:1,8k:max --steps 64
+  linearize bench generation --shape llama-3.1-8b --cells 1k:1,1k:128 --steps 64 --sides converted --profile
   linearize bench generation runs/my --against MODEL --device cpu --prompts 1k,4k,16k --batches 1 --new 32 --made-up
   linearize bench speculative runs/my --against HuggingFaceTB/SmolLM2-135M --text book.txt
   linearize bench kernels --only decode

@@ -6,11 +6,14 @@
     tokens = decoder.decode_n(100)                        # [B, 100] and no wait for the device
 
 or `generate(model, input_ids, ...)`, which stops at the end of rows. The same code runs without a graph where
-a model or machine cannot have one (mode="auto" decides; `decoder.why_eager` says why).
+a model or machine cannot have one (mode="auto" decides; `decoder.why_eager` says why). Before it is recorded the model
+goes through torch.compile, which makes a third of the kernels of it.
 
 B batch, T time, V vocabulary
 """
 
+import logging
+import time
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +27,7 @@ from .static_cache import NO_END, StaticCache, StaticError
 
 MODES = ("auto", "graph", "static", "eager")
 CHECK_EVERY = 16  # tokens between looks at which rows have ended
+log = logging.getLogger(__name__)
 
 
 class Decoder:
@@ -34,12 +38,18 @@ class Decoder:
     cannot run. eos, pad: token ids, by default the model's. max_length: the most tokens of a row, prompt
     included; needed for static decoding where layers or kv heads have kept softmax, whose keys then get that much
     room. An unconverted model decodes here too, as one that has kept all layers.
+
+    disable_compile: named as in transformers' GenerationConfig. None: the step of a graph is compiled where it can be
+    (else `why_not_compiled` and the log say why not), which takes tens of seconds, `compile_seconds`; False: compiled
+    without a graph too, or an error; True: never.
     """
 
     def __init__(self, model, *, batch: int, sampling: Sampling | None = None, eos=None, pad=None, mode: str = "auto",
-                 max_length: int | None = None):  # fmt: skip
+                 max_length: int | None = None, disable_compile: bool | None = None):  # fmt: skip
         if mode not in MODES:
             raise LinearizeError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
+        if mode == "eager" and disable_compile is False:
+            raise LinearizeError("mode='eager' is never compiled; leave disable_compile out")
         self.model, self.device, self.why_eager, self.graph, self.cache = model, model.device, "", None, None
         ends, pad = end_tokens(model, eos, pad)
         vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -52,7 +62,8 @@ class Decoder:
         self.finished = torch.ones(batch, dtype=torch.bool, device=self.device)  # rows that have ended, or never began
         self.logits = None  # [B, V] of the newest step; a graph writes them in place
         self.mask = None  # [B, seen] bool where the model's own cache holds softmax keys
-        self._choose_mode(mode, batch, max_length)
+        self.run_model, self.compile_seconds, self.why_not_compiled = self._run_model, None, ""
+        self._choose_mode(mode, batch, max_length, disable_compile)
 
     def prefill(self, input_ids, attention_mask=None, *, state: State | None = None):
         """Reads prompts [B, T], padded on the left, after `state`; returns the first new tokens [B]."""
@@ -130,12 +141,15 @@ class Decoder:
             mask = None
         else:
             mask = self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-        out = self.model(
-            input_ids=self.token[:, None], position_ids=self.position[:, None], attention_mask=mask,
-            use_cache=True, **{CACHE: self.cache},
-        )  # fmt: skip
-        self.logits = out.logits[:, -1]
+        self.logits = self.run_model(self.token, self.position, mask)
         self._choose(self.logits)
+
+    def _run_model(self, token, position, mask):
+        """token, position [B] -> logits [B, V]; the cache moves on."""
+        return self.model(
+            input_ids=token[:, None], position_ids=position[:, None], attention_mask=mask, use_cache=True,
+            **{CACHE: self.cache},
+        ).logits[:, -1]  # fmt: skip
 
     def _choose(self, logits, rows=None) -> None:
         """Takes the next token of these rows from logits [rows, V], in place; a row that has ended stands still."""
@@ -151,7 +165,7 @@ class Decoder:
     def is_static(self) -> bool:
         return isinstance(self.cache, StaticCache)
 
-    def _choose_mode(self, mode, batch, max_length) -> None:
+    def _choose_mode(self, mode, batch, max_length, disable_compile) -> None:
         """Sets up static state and graph where wanted; in mode auto says in `why_eager` what was in the way."""
         if mode == "eager":
             return
@@ -159,12 +173,32 @@ class Decoder:
             if mode != "static" and self.device.type != "cuda":
                 raise StaticError(f"the model is on {self.device.type}; a graph needs a CUDA GPU")
             self.cache = StaticCache(self.model, batch=batch, slots=max_length)
+            if disable_compile is False or (disable_compile is None and mode != "static"):
+                self._compile(must=disable_compile is False)
             if mode != "static":
                 self._capture()
         except StaticError as error:
-            if mode != "auto":
+            if mode != "auto" or disable_compile is False:
                 raise
             self.why_eager, self.graph, self.cache = str(error), None, None
+            self.run_model, self.compile_seconds = self._run_model, None
+
+    def _compile(self, *, must: bool) -> None:
+        """Replaces `run_model`, as one graph of torch.compile, and runs it once."""
+        from torch._dynamo.exc import TorchDynamoException  # takes seconds
+
+        self.run_model, start = torch.compile(self._run_model, fullgraph=True, dynamic=False), time.perf_counter()
+        try:
+            with torch._dynamo.config.patch(recompile_limit=256):  # one for each sort of Decoder in this process
+                self._step()
+        except TorchDynamoException as error:
+            if must:
+                raise
+            self.run_model, self.why_not_compiled = self._run_model, str(error).strip().partition("\n")[0]
+            log.warning("the decode step is not compiled: %s", self.why_not_compiled)
+        else:
+            self.compile_seconds = time.perf_counter() - start
+            log.info("the decode step was compiled in %.0f s", self.compile_seconds)
 
     def _capture(self) -> None:
         """Runs the step until its kernels are built, then once without any wait for the host, then records it."""
@@ -205,12 +239,13 @@ def end_tokens(model, eos=None, pad=None) -> tuple[list[int], int]:
 
 def generate(model, input_ids=None, attention_mask=None, *, max_new_tokens: int, sampling: Sampling | None = None,
              eos=None, pad=None, stop_strings=(), tokenizer=None, state: State | None = None, on_tokens=None,
-             mode: str = "auto", decoder: Decoder | None = None):  # fmt: skip
+             mode: str = "auto", disable_compile: bool | None = True, decoder: Decoder | None = None):  # fmt: skip
     """New tokens [B, N] after prompts [B, T] (padded on the left) and `state`; pad follows a row's end.
 
     Greedily the same tokens as `model.generate`. Without input_ids the state alone is continued. stop_strings:
     a row ends with the token that completes one (needs the tokenizer), as in transformers. on_tokens(tokens
-    [B, k], on the CPU) is called as they come. decoder: one made before, whose graph is used again.
+    [B, k], on the CPU) is called as they come. disable_compile: of `Decoder`; compiling takes longer than it saves
+    in one call. decoder: one made before, whose graph is used again.
     """
     if max_new_tokens < 1:
         raise LinearizeError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
@@ -225,8 +260,9 @@ def generate(model, input_ids=None, attention_mask=None, *, max_new_tokens: int,
     if decoder is None:
         length = state.tokens.shape[1] + max_new_tokens + CHECK_EVERY
         decoder = Decoder(
-            model, batch=len(state), sampling=sampling, eos=eos, pad=pad, mode=mode, max_length=length
-        )
+            model, batch=len(state), sampling=sampling, eos=eos, pad=pad, mode=mode, max_length=length,
+            disable_compile=disable_compile,
+        )  # fmt: skip
     rows = _Rows(decoder, stop_strings, tokenizer)
     every = 1 if decoder.graph is None else CHECK_EVERY
     for tokens in stream(decoder, decoder.start(state), max_new_tokens, every=every):

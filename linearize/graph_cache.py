@@ -22,7 +22,7 @@ from .state import read
 
 
 class GraphCache(Cache):
-    """The memory of B rows for `generate`, greedy or sampled. mode, max_length: of `Decoder`.
+    """The memory of B rows for `generate`, greedy or sampled. mode, max_length, disable_compile: of `Decoder`.
 
     Raises StaticError where the model or the machine cannot have the mode. Beams and assisted decoding, which change
     or take back rows, are refused.
@@ -30,10 +30,12 @@ class GraphCache(Cache):
 
     is_linear = (False,)  # so that generate leaves what has been read already out of a prompt
 
-    def __init__(self, model, *, batch: int = 1, max_length: int | None = None, mode: str = "graph"):
+    def __init__(self, model, *, batch: int = 1, max_length: int | None = None, mode: str = "graph",
+                 disable_compile: bool | None = None):  # fmt: skip
         super().__init__(layers=[])
         unused = Sampling(seed=0)  # generate chooses tokens itself; no draw of its random numbers is taken
-        self.decoder = Decoder(model, batch=batch, sampling=unused, eos=[], mode=mode, max_length=max_length)
+        self.decoder = Decoder(model, batch=batch, sampling=unused, eos=[], mode=mode, max_length=max_length,
+                               disable_compile=disable_compile)  # fmt: skip
         self.max_length = max_length
         self.reset()
 
@@ -96,13 +98,14 @@ class GraphCache(Cache):
     reorder_cache = batch_repeat_interleave = batch_select_indices = crop = activate_past_recording = _refuse
 
 
-def graph_cache_of(model, *, batch: int, max_length: int) -> GraphCache:
+def graph_cache_of(model, *, batch: int, max_length: int, disable_compile: bool | None) -> GraphCache:
     """An empty GraphCache for rows of so many tokens: that of the last call where it fits."""
     weights = [p.data_ptr() for p in model.parameters()]
     kept, cache = getattr(model, "_graph_cache", None) or (None, None)
-    if cache is None or kept != (batch, weights) or cache.max_length < max_length:
+    key = batch, weights, disable_compile
+    if cache is None or kept != key or cache.max_length < max_length:
         model._graph_cache = cache = None  # the old one's memory first
-        cache = GraphCache(model, batch=batch, max_length=max_length)
-        model._graph_cache = (batch, weights), cache
+        cache = GraphCache(model, batch=batch, max_length=max_length, disable_compile=disable_compile)
+        model._graph_cache = key, cache
     cache.reset()
     return cache

@@ -163,4 +163,5 @@ def chosen_cache(model, generation_config, mode, batch_size: int, max_length: in
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or generation_config.is_assistant:
         raise CacheError("cache_implementation='static' is for greedy search and sampling; leave it out for others")
     make = importlib.import_module("linearize.graph_cache").graph_cache_of
-    return make(model, batch=batch_size * generation_config.num_return_sequences, max_length=max_length)
+    batch = batch_size * generation_config.num_return_sequences
+    return make(model, batch=batch, max_length=max_length, disable_compile=generation_config.disable_compile)

@@ -30,6 +30,7 @@ from .state import TOKENS_AT_ONCE, State, read
 
 WAIT = timedelta(days=30)  # of a process for the others, whose rows may be longer
 MAX_BATCH = {"cpu": 32, "cuda": 1024}
+COMPILED_FROM = 15_000  # steps: torch.compile takes half a minute and saves 2 ms a step, for 32 layers
 LEAST_SHARED = 64  # tokens that prompts must share for these to be read apart
 
 
@@ -45,13 +46,14 @@ class _Slot:
 def process(folder, source, target, *, template: str = "{text}", chat: bool = False, prefix: str = "",
             batch: int | None = None, max_new_tokens: int = 64, max_length: int | None = None,
             sampling: Sampling | None = None, field_name: str = "output", device: str = "auto",
-            mode: str = "auto") -> dict:  # fmt: skip
+            mode: str = "auto", disable_compile: bool | None = None) -> dict:  # fmt: skip
     """Answers every row of `source` (.jsonl, .parquet or a dataset's folder) into the .jsonl file `target`.
 
     template: the prompt, with a row's columns in braces. prefix: text before every prompt, read once. batch: None
     takes what half of the free memory holds. max_length: the most tokens of a row, prefix, prompt and answer; longer
     rows are errors. None: what the longest row needs, for which all prompts are counted first where the model keeps
-    softmax, whose memory grows with it. An output line is the row with its number as "row" and the answer under
+    softmax, whose memory grows with it. disable_compile: of `Decoder`; None: compiled on a GPU where there may be
+    COMPILED_FROM steps or more. An output line is the row with its number as "row" and the answer under
     `field_name`. Returns this process's counts. Raises DataError for a file or template that does no row any good.
     """
     total, rows = read_rows(source)
@@ -69,10 +71,14 @@ def process(folder, source, target, *, template: str = "{text}", chat: bool = Fa
         if prompts.max_length is None and has_softmax(model):
             prompts.max_length = prompts.longest(row for _, row in left(read_rows(source)[1])) + max_new_tokens
         batch = batch or pick_batch(model, rows=-(-total // world), length=prompts.max_length)
+        if disable_compile is None and -(-total // (world * batch)) * max_new_tokens < COMPILED_FROM:
+            disable_compile = True
         decoder = Decoder(
             model, batch=batch, sampling=sampling, mode=mode, pad=tokenizer.pad_token_id,
-            max_length=prompts.max_length,
+            max_length=prompts.max_length, disable_compile=disable_compile,
         )  # fmt: skip
+        if rank == 0 and decoder.compile_seconds is not None:
+            print(f"the decode step was compiled in {decoder.compile_seconds:.0f} s")
         work = _Work(model, decoder, before, prompts)
         done = sum(output.is_done(n) for n in range(rank, total, world))
         with tqdm(total=len(range(rank, total, world)), initial=done, unit="row", disable=rank > 0) as bar:

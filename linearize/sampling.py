@@ -92,7 +92,8 @@ class Sampler:
 
     def pick(self, logits, rows=None):
         """logits [rows, V] -> tokens [rows]. rows: indices, or None for all."""
-        scores = logits.float()
+        as_they_are = self.sampling.temperature == 0 and self.seen is None  # no copy of what is only compared
+        scores = logits if as_they_are else logits.float()
         if self.seen is not None:
             penalty = self.sampling.repetition_penalty
             seen = take(self.seen, rows)

@@ -34,12 +34,12 @@ class StaticSoftmaxLayer(DynamicLayer):
         shape = (batch, heads, slots, head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.next_slot, self.is_initialized = next_slot, True  # [B] int64, on the device
+        self.rows = torch.arange(batch, device=device)
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Puts one new token a row, [B, G, 1, D] each, into its slot; returns all slots."""
-        index = self.next_slot[:, None, None, None].expand_as(key_states)
-        self.keys.scatter_(2, index, key_states)
-        self.values.scatter_(2, index, value_states)
+        self.keys[self.rows, :, self.next_slot] = key_states[:, :, 0]  # no scatter_: compiled, it would copy all slots
+        self.values[self.rows, :, self.next_slot] = value_states[:, :, 0]
         return self.keys, self.values
 
     def load(self, layer, rows, order) -> None:
@@ -82,15 +82,15 @@ class StaticLinearLayer(LinearizedCacheLayer):
 
     @torch.no_grad()
     def _fuse_maps(self) -> None:
-        """Map and gate in one product a side: q [W_q | u] + [0 | b],  k W_k - c W_k. In place, where they exist."""
+        """Maps and gate as one product: q [W_q | u] + [0 | b], k [W_k | 0] - c [W_k | 0]; in place if they are."""
         linear = self.linear_attn
         q_weight = torch.cat([linear.q_map, linear.gate_weight[..., None]], -1).float()  # [H, D, d + 1]
         q_bias = torch.zeros_like(q_weight[:, :1])
         q_bias[..., -1] = linear.gate_bias[:, None] if linear.far_enabled else -torch.inf
-        k_weight = linear.k_map.float()
+        k_weight = torch.nn.functional.pad(linear.k_map.float(), [0, 1])  # [G, D, d + 1]
         k_bias = -(linear.key_center.float()[:, None] @ k_weight)
         log_decay = None if linear.log_decay is None else linear.log_decay.float()  # a whole model may be in bfloat16
-        new = q_weight, q_bias, k_weight.clone(), k_bias, log_decay
+        new = torch.cat([q_weight, k_weight]), torch.cat([q_bias, k_bias]), log_decay
         if self.maps is None:
             self.maps = new
         for mine, x in zip(self.maps, new, strict=True):
@@ -111,20 +111,21 @@ class StaticLinearLayer(LinearizedCacheLayer):
         for name in (f.name for f in fields(new) if f.name != "window"):
             put(getattr(self.decode_state, name), rows, getattr(new, name))
 
-    @torch.compiler.disable
     def attend(self, linear_attn, q, k, v, *, scaling, softcap=None, sink_logits=None, **_):
         """Output [B, H, 1, D] for one new token a row, none of them padding."""
-        from linearize_kernels.decode import decode
+        from linearize_kernels.decode_op import decode_op
 
         if self.decode_state is None:
             return torch.empty_like(q)
         if softcap is not None or sink_logits is not None:
             raise StaticError("its attention has a softcap or sink logits, which the decode kernel lacks")
-        q_weight, q_bias, k_weight, k_bias, log_decay = self.maps
-        q_far = torch.baddbmm(q_bias, q[:, :, 0].transpose(0, 1).float(), q_weight).transpose(0, 1)
-        k_far = torch.baddbmm(k_bias, k[:, :, 0].transpose(0, 1).float(), k_weight).transpose(0, 1)
-        q_far, gate, k_far = q_far[:, :, None, :-1], q_far[:, :, None, -1], k_far[:, :, None]
-        return decode(q, k, v, q_far, k_far, gate, self.decode_state, scaling=scaling, log_decay=log_decay)
+        weight, bias, log_decay = self.maps
+        sizes = q.shape[1], k.shape[1]
+        both = torch.cat([q, k], 1)  # [B, H + G, 1, D]
+        far = torch.baddbmm(bias, both[:, :, 0].transpose(0, 1).float(), weight).transpose(0, 1)[:, :, None]
+        (q, k), (q_far, k_far) = both.split(sizes, 1), far.split(sizes, 1)  # far [B, H + G, 1, d + 1], the gate last
+        return decode_op(q, k, v, q_far[..., :-1], k_far[..., :-1], q_far[..., -1], self.decode_state,
+                         scaling=scaling, log_decay=log_decay)  # fmt: skip
 
     def num_bytes(self) -> int:
         parts = [self.decode_state] * (self.decode_state is not None) + [self.kept] * bool(self.linear_attn.heads.kept)

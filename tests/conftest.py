@@ -23,6 +23,10 @@ def own_cache(tmp_path_factory):
 @pytest.fixture
 def fold_early(monkeypatch):
     """In the interpreter, which is slow, decoding folds 8 tokens at once instead of 32."""
+    fold_early_by(monkeypatch)
+
+
+def fold_early_by(monkeypatch):
     if not torch.cuda.is_available():
         tl = pytest.importorskip("triton.language", reason="Triton is not installed")
         monkeypatch.setattr("linearize_kernels.decode.FOLD", 8)

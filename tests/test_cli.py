@@ -148,7 +148,7 @@ def test_options_are_frozen():
         "bench": [],
         "bench kernels": [],
         "bench generation": ["--against", "--shape", "--window", "--prompts", "--new", "--batches", "--cells"]
-        + ["--sides", "--steps", "--made-up", "--compile-layers", "--dtype", "--device", "--output"],
+        + ["--sides", "--steps", "--made-up", "--disable-compile", "--profile", "--dtype", "--device", "--output"],
         "bench speculative": ["--against", "--text", "--prompts", "--new", "--lookup", "--dtype", "--device"],
         "report": ["--baseline"],
         "doctor": ["--device"],

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pico import convert, make_model, make_tokens, pad
+from pico import convert, make_model, make_tokens, pad, relative_error
 
 from linearize.decoding import Decoder, generate
 from linearize.errors import LinearizeError
@@ -289,7 +289,7 @@ def test_a_graph_replays_what_the_step_does(dtype, temperature):
     (ids, mask), tokens = batch(), {}
     sampling = Sampling(temperature=temperature, top_k=20, top_p=0.9, repetition_penalty=1.2, seed=1)
     for mode in ("static", "graph"):
-        decoder = Decoder(model, batch=3, sampling=sampling, mode=mode)
+        decoder = Decoder(model, batch=3, sampling=sampling, mode=mode, disable_compile=True)
         for _ in range(2):  # the second time in buffers that were used
             first = decoder.prefill(ids, mask)
             tokens[mode] = torch.cat([first[:, None], decoder.decode_n(150)], 1)
@@ -299,9 +299,31 @@ def test_a_graph_replays_what_the_step_does(dtype, temperature):
 @pytest.mark.gpu
 def test_a_graph_gives_the_eager_tokens():
     model, (ids, mask) = make(), batch()
-    assert Decoder(model, batch=3).graph is not None, Decoder(model, batch=3).why_eager
-    got = generate(model, ids, mask, max_new_tokens=40)
-    assert torch.equal(got, expected(model, ids, mask, new=40))
+    for disable_compile in (True, None):
+        decoder = Decoder(model, batch=3, disable_compile=disable_compile)
+        assert decoder.graph is not None, decoder.why_eager
+        assert (decoder.compile_seconds is None) == bool(disable_compile), decoder.why_not_compiled
+        got = generate(model, ids, mask, max_new_tokens=40, decoder=decoder)
+        assert torch.equal(got, expected(model, ids, mask, new=40))
+
+
+@pytest.mark.gpu
+def test_a_compiled_graph_in_bfloat16_is_as_exact_as_the_step_as_it_is():
+    settings, (ids, mask) = dict(window=16, dim=8), batch()
+    low = make(**settings).bfloat16()
+    decoders = [Decoder(m, batch=3, mode="graph", disable_compile=off)
+                for m, off in ((make(**settings), True), (low, True), (low, False))]  # fmt: skip
+    for decoder in decoders:
+        decoder.prefill(ids, mask)
+    errors = []
+    for _ in range(60):
+        for decoder in decoders:
+            decoder.token.copy_(decoders[0].token)
+        for decoder in decoders:
+            decoder.decode_one()
+        errors.append([relative_error(d.logits, decoders[0].logits) for d in decoders])
+    _, plain, compiled = torch.tensor(errors).mean(0)
+    assert 0 < compiled < 1.5 * plain < 0.15
 
 
 @pytest.mark.gpu

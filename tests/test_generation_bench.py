@@ -60,8 +60,9 @@ def test_every_side_prompt_and_batch_is_measured(folder, teacher, tmp_path, caps
 
 def test_a_cell_in_a_process_of_its_own(folder, capsys, tmp_path):
     words = ("--cells", "32:1", "--new", 9, "--steps", 4, "--made-up", "--output", tmp_path / "run")
-    assert run(folder, *words) == 0
-    assert "4 decode steps from the middle of 8" in capsys.readouterr().out
+    assert run(folder, *words, "--profile") == 0
+    printed = capsys.readouterr().out
+    assert "4 decode steps from the middle of 8" in printed and "us a step" in printed and "aten::mm" in printed
     (row,) = csv.DictReader((tmp_path / "run.csv").open())
     assert row["steps"] == "4" and row["how"] == "eager; memory made up" and row["prefill_tokens_s"] == ""
     assert 0.05 < float(row["resident_gb"]) <= float(row["peak_gb"]) < 2
@@ -70,7 +71,7 @@ def test_a_cell_in_a_process_of_its_own(folder, capsys, tmp_path):
 def test_a_process_that_fails_tells_why(folder, tmp_path):
     cell = generation_measure.Cell("converted", 8, 4, 1)
     options = dict(folder=str(tmp_path / "nothing"), against=None, shape=None, dtype="float32", device="cpu",
-                   window=None, compile_layers=False)  # fmt: skip
+                   window=None)  # fmt: skip
     with pytest.raises(bench.LinearizeError, match="converted, prompt 8: .*is not a model folder"):
         bench.in_own_process(cell, options, 1e9)
 

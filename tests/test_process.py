@@ -168,6 +168,19 @@ def test_rows_get_the_room_that_the_longest_needs(tmp_path, monkeypatch, given):
         assert errors[0] == "101 tokens and 20 new ones are more than the 120 of max_length"
 
 
+@pytest.mark.parametrize(("least", "off"), [(10, True), (9, None)])
+def test_only_a_long_run_is_compiled(folder, tmp_path, monkeypatch, least, off):
+    """Five rows, two at once, of up to three tokens: nine steps at most."""
+    given, make = [], process_module.Decoder
+    monkeypatch.setattr(process_module, "COMPILED_FROM", least)
+    monkeypatch.setattr(
+        process_module, "Decoder", lambda *a, **k: given.append(k["disable_compile"]) or make(*a, **k)
+    )
+    source = write(tmp_path / "in.jsonl", [{"text": "so"}] * 5)
+    run(folder, source, tmp_path / "out.jsonl", max_new_tokens=3, batch=2)
+    assert given == [off]
+
+
 def test_static_slots_hold_just_the_longest_row(tmp_path, monkeypatch):
     """In the interpreter, which is slow, 8 tokens are folded at once instead of 64."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -28,14 +28,14 @@ SIDES = ("converted", "teacher-static", "teacher-dynamic")
 
 def bench_generation(folder=None, *, against=None, shape=None, prompts=(128, 1024, 8192, 32768), new=1024,
                      batches=(1, "max"), cells=None, sides=None, steps=None, made_up=False, dtype="bfloat16",
-                     device="auto", compile_layers=False, output=None, window=None,
-                     own_process=None) -> list[Result]:  # fmt: skip
+                     device="auto", disable_compile=None, profile=False, output=None,
+                     window=None, own_process=None) -> list[Result]:  # fmt: skip
     """Measures every side at every prompt and batch, prints as it goes and returns the results.
 
     batches: numbers, and "max" for the largest that fits. cells: pairs (prompt, batch) instead of all. steps: how many
     of the new tokens' steps are timed, from their middle; None: all. made_up: decode from random memory, nothing is
-    read. output: path without suffix for a CSV file, written line by line, and a PNG. own_process: a process a cell;
-    None: on a CPU.
+    read. disable_compile: of `linearize.Decoder`. profile: print the kernels of a step, too. output: path without
+    suffix for a CSV file, written line by line, and a PNG. own_process: a process a cell; None: on a CPU.
     """
     from linearize.loading import pick_device
 
@@ -46,10 +46,7 @@ def bench_generation(folder=None, *, against=None, shape=None, prompts=(128, 102
     print(describe(device, rate))
     if steps is not None and steps < new - 1:
         print(f"Timed: {steps} decode steps from the middle of {new - 1}; figures for all are extrapolated from them")
-    options = dict(
-        folder=folder, against=against, shape=shape, dtype=dtype, device=device, window=window,
-        compile_layers=compile_layers,
-    )  # fmt: skip
+    options = dict(folder=folder, against=against, shape=shape, dtype=dtype, device=device, window=window)
     results = []
 
     def done(result):
@@ -57,7 +54,8 @@ def bench_generation(folder=None, *, against=None, shape=None, prompts=(128, 102
         _report(result, output, first=len(results) == 1)
 
     pairs = list(cells or itertools.product(prompts, batches))
-    cells = [Cell(side, prompt, new, batch, steps, made_up) for side in sides for prompt, batch in pairs]
+    more = (steps, made_up, disable_compile, profile)
+    cells = [Cell(side, prompt, new, batch, *more) for side in sides for prompt, batch in pairs]
     if own_process or own_process is None and device.type == "cpu":
         for cell in cells:
             done(in_own_process(cell, options, rate))
@@ -141,6 +139,8 @@ def in_own_process(cell: Cell, options: dict, rate: float) -> Result:
     if run.returncode:
         told = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
         raise LinearizeError(f"{cell.side}, prompt {cell.prompt}: {told[-1].removeprefix('error: ')}")
+    if cell.profile:
+        print(run.stdout.rpartition("\n{")[0])
     return Result(**json.loads(run.stdout.splitlines()[-1]))
 
 

@@ -1,8 +1,8 @@
 """One cell of `linearize bench generation`: a side at a prompt length and a batch, timed.
 
-Both sides decode by the same code (`linearize.Decoder`): on a GPU the whole step in one CUDA graph, greedy, no end of
-rows. Kernels are built, tested and captured before the clock starts; `setup_s` says how long that took. One row is read
-and its memory copied to the batch: what the tokens are does not change a step's time.
+Both sides decode by the same code (`linearize.Decoder`): on a GPU the step compiled and in one CUDA graph, greedy, no
+end of rows. Kernels are built, tested and captured before the clock starts; `setup_s` says how long that took. One row
+is read and its memory copied to the batch: what the tokens are does not change a step's time.
 
 B batch, T prompt tokens, D head dim
 """
@@ -24,6 +24,7 @@ from linearize.modeling_linearized import linear_attentions
 from linearize.state import CHUNK, TOKENS_AT_ONCE, State, read
 
 from .generation_models import is_converted, weight_bytes
+from .generation_profile import PROFILED, print_profile
 from .memory import kv_cache_bytes
 
 MAX_BATCH = 8192
@@ -43,6 +44,8 @@ class Cell:
     batch: int
     steps: int | None = None  # steps timed, in the middle of the new tokens; None: all
     made_up: bool = False  # decode from random memory of the right size, with nothing read
+    disable_compile: bool | None = None  # of Decoder
+    profile: bool = False  # also print what the kernels of a step take
 
 
 @dataclass
@@ -77,14 +80,14 @@ def measure(model, cell: Cell, rate: float) -> Result:
     if cell.made_up:
         state = made_up_state(model, cell.prompt + skipped)
     else:
-        with torch.compiler.set_stance("force_eager"):  # compiled layers are for decoding
-            ids = _tokens(model, 1, cell.prompt + skipped)
-            state, seconds = _timed(model, lambda: _read(model, ids))
-            result.prefill_tokens_s = _prefill_rate(model, cell) if cuda else ids.numel() / seconds
+        ids = _tokens(model, 1, cell.prompt + skipped)
+        state, seconds = _timed(model, lambda: _read(model, ids))
+        result.prefill_tokens_s = _prefill_rate(model, cell) if cuda else ids.numel() / seconds
     if cuda:
         free_memory()
         torch.cuda.reset_peak_memory_stats()
-    length = -(-(cell.prompt + skipped + steps + WARMUP + 1) // SLOTS) * SLOTS
+    profiled = PROFILED * cell.profile
+    length = -(-(cell.prompt + skipped + steps + WARMUP + profiled + 1) // SLOTS) * SLOTS
     words, context = "", nullcontext()
     if cuda and not is_converted(model):
         from .softmax_choice import use_fastest
@@ -93,15 +96,17 @@ def measure(model, cell: Cell, rate: float) -> Result:
         words, context = use_fastest(model, batch=cell.batch, slots=length, growing=growing)
         free_memory()
     with context:
-        decoder = Decoder(model, batch=cell.batch, eos=[], mode=_mode(cell.side, cuda), max_length=length)
+        decoder = Decoder(model, batch=cell.batch, eos=[], mode=_mode(cell.side, cuda), max_length=length,
+                          disable_compile=cell.disable_compile)  # fmt: skip
         decoder.start(state.select([0] * cell.batch) if cell.batch > 1 else state)
         del state
         decoder.decode_n(WARMUP)
         _wait(model)
         result.setup_s = time.perf_counter() - start
         _, seconds = _timed(model, lambda: decoder.decode_n(steps))
-    how = "graph" if decoder.graph else "static" if decoder.is_static else f"eager {decoder.why_eager}"
-    result.how = "; ".join(filter(None, [how.strip(), words, "memory made up" * cell.made_up]))
+        if cell.profile:
+            print_profile(decoder)
+    result.how = "; ".join(filter(None, [_how(decoder), words, "memory made up" * cell.made_up]))
     _fill_in(result, model, decoder.cache, seconds / steps, skipped, rate)
     return result
 
@@ -120,6 +125,16 @@ def _fill_in(result: Result, model, cache, step_seconds: float, skipped: int, ra
     else:
         resident = psutil.Process().memory_info().rss
         result.peak_gb, result.resident_gb = max(peak_resident(), resident) / 1e9, resident / 1e9
+
+
+def _how(decoder: Decoder) -> str:
+    """How the steps ran, and why not better."""
+    how = "graph" if decoder.graph else "static" if decoder.is_static else f"eager {decoder.why_eager}"
+    if decoder.compile_seconds is not None:
+        how += f", compiled in {decoder.compile_seconds:.0f} s"
+    elif decoder.why_not_compiled:
+        how += f", not compiled: {decoder.why_not_compiled}"
+    return how.strip()
 
 
 def _mode(side: str, cuda: bool) -> str:

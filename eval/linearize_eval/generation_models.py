@@ -21,7 +21,7 @@ SHAPES = {  # Llama configs of random weights; based-1.3b: the size of BASED's l
 }  # fmt: skip
 
 
-def load_side(kind: str, *, folder, against, shape, dtype: str, device, window, compile_layers: bool):
+def load_side(kind: str, *, folder, against, shape, dtype: str, device, window):
     """The model of a side ("converted" or "teacher"), in eval mode on the device."""
     from linearize.loading import DTYPES, load, load_any
 
@@ -37,8 +37,6 @@ def load_side(kind: str, *, folder, against, shape, dtype: str, device, window, 
         model = load_any(against, dtype=dtype, device=str(device))[0]
     else:
         model = load(folder, dtype=dtype, device=str(device))[0]
-    if compile_layers:
-        _compile(model)
     return model
 
 
@@ -47,13 +45,6 @@ def random_model(shape: str, *, dtype, device):
     config = transformers.LlamaConfig(max_position_embeddings=131072, attn_implementation="sdpa", **SHAPES[shape])
     with torch.device(device):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
-def _compile(model) -> None:
-    """Each decoder layer by torch.compile (instances, in place): fewer and larger kernels in the graph."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-    for layer in model.get_decoder().layers:
-        layer.compile(dynamic=False)
 
 
 def is_converted(model) -> bool:
