@@ -114,8 +114,6 @@ __device__ __forceinline__ void attend_keys(unsigned char* shared, Rows k, Rows 
         __syncwarp();
         if (c > 0) copy_far_queries(far_rows, k_far, 0, token - CHUNK, length, lane);
         meet();  // B
-        Tiles tiles;
-        find_tiles(tiles, now, block);
         auto add = [&](auto is_exact, auto is_far, unsigned at, unsigned turn, auto exact, auto far) {
             int tile = at / 2048;
             add_queries<is_exact.value, is_far.value>(
@@ -125,10 +123,11 @@ __device__ __forceinline__ void attend_keys(unsigned char* shared, Rows k, Rows 
         };
         unsigned turn = block % 2 * 64;
         auto all = [](int, int) { return true; };
-        add(YES, NO, tiles[0], turn, [](int key, int query) { return query >= key; }, all);
-#pragma unroll
-        for (int n = 1; n < 4; n++) add(YES, NO, tiles[n], turn ^ (n % 2 * 64), all, all);
-        add(YES, YES, tiles[4], turn, [](int key, int query) { return query < key; },
+#pragma unroll UNROLL
+        for (int n = 0; n < 4; n++)
+            add(YES, NO, find_tile(now, block + n), turn ^ (n % 2 * 64),
+                [&](int key, int query) { return n > 0 || query >= key; }, all);
+        add(YES, YES, find_tile(now, block + 4), turn, [](int key, int query) { return query < key; },
             [](int key, int query) { return query >= key; });
         __syncwarp();
         if (c > 0) copy_queries(shared + K_AT, k, row, token - CHUNK, length, lane);

@@ -176,16 +176,14 @@ __device__ __forceinline__ void attend_queries(unsigned char* shared, Rows q, Ro
         const unsigned mapped[4] = {x[0][0], x[1][0], x[0][4], x[1][4]};
         const unsigned char* keys_far = shared + K_FAR_AT + before * FAR_TILE;
         int first = sinks - (c - 1) * CHUNK;  // keys of chunk c - 1 before this place are none
-        Tiles tiles;
-        find_tiles(tiles, before, block);
         Scores dp;
-#pragma unroll
+#pragma unroll UNROLL
         for (int n = 0; n < 5; n++) {
-            unsigned turn = (block + n) % 2 * 64;
+            unsigned turn = (block + n) % 2 * 64, at = find_tile(before, block + n);
             int low = first - 16 * (block + n);
-            auto visible = [&](int i, int key) { return key >= low && (n ? n < 4 || key <= i : key > i); };
-            exact_queries(acc, sums, dp, rows_grad, shared + Q_AT, block, shared + K_AT + tiles[n],
-                          shared + V_AT + tiles[n], turn, lse, delta, scale, 8, visible, lane);
+            auto visible = [&](int i, int key) { return key >= low && (n > 0 || key > i) && (n < 4 || key <= i); };
+            exact_queries(acc, sums, dp, rows_grad, shared + Q_AT, block, shared + K_AT + at, shared + V_AT + at, turn,
+                          lse, delta, scale, 8, visible, lane);
             if (n == 0) {
                 auto far = [&](int i, int key) { return key >= low && key <= i; };
                 far_queries(acc_far, sums, dp, mapped, keys_far + 16 * block * FAR_ROW, far, lane);

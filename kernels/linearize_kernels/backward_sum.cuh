@@ -36,7 +36,7 @@ template <bool WEIGHED>
 __device__ __forceinline__ void fold_rows(FeatureSum& sum, const unsigned char* rows, const unsigned char* turned,
                                           const unsigned char* weighed, int warp, int lane) {
     int half = warp & 1, side = warp >> 1, g = lane >> 2;
-#pragma unroll
+#pragma unroll 1
     for (int part = 0; part < 2; part++) {  // 32 tokens
         int piece = 4 * part + (lane & 3);
         unsigned b[2][2][4];

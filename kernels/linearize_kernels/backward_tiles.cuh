@@ -45,6 +45,17 @@ template <bool VALUE> struct Constant {
 constexpr Constant<true> YES;
 constexpr Constant<false> NO;
 
+#ifndef TILES_AT_ONCE
+#define TILES_AT_ONCE 2  // tiles of 16 whose products may overlap: more take more registers
+#endif
+constexpr int UNROLL = TILES_AT_ONCE;
+
+// Where a tile of 16 lies in a ring of 12, in bytes: tile `number` from the beginning of the chunk at `place`.
+__device__ __forceinline__ unsigned find_tile(int place, int number) {
+    int tile = 4 * place + number;
+    return (tile < 12 ? tile : tile - 12) * 2048;
+}
+
 // Rows 16 block … of a tile as A fragments.
 __device__ __forceinline__ void load_rows(unsigned (&a)[4][4], const unsigned char* tile, int block, int lane) {
     unsigned place = tile_place(16 * block + (lane & 15), lane >> 4);
