@@ -52,7 +52,6 @@ def check(device, monkeypatch, *, far_dtype=None, **case):
     grad = torch.randn(inputs["q"].shape, device=device, generator=torch.Generator(device).manual_seed(1)).bfloat16()
     leaves = {name: x.double().requires_grad_() for name, x in inputs.items()}
     expected = torch.autograd.grad(attention_quadratic(**leaves, **options)[0], list(leaves.values()), grad.double())
-    saved = forward(inputs, **options)
     canaries = []
 
     def like(x, heads, dtype=None):
@@ -65,9 +64,10 @@ def check(device, monkeypatch, *, far_dtype=None, **case):
     monkeypatch.setattr(cuda_backward, "_like", like)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     try:
-        dtypes = far_dtype and (far_dtype, far_dtype)
-        got = cuda_backward.attention_backward_cuda(**inputs, **dict(zip(("out", "rest", "lse"), saved)), grad=grad,
-                                                    dtypes=dtypes, **options)  # fmt: skip
+        out, rest, lse = forward(inputs, **options)
+        got = cuda_backward.attention_backward_cuda(
+            **inputs, out=out, rest=rest, lse=lse, grad=grad, dtypes=far_dtype and (far_dtype, far_dtype), **options
+        )  # fmt: skip
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(canaries) == 5 and all(x.isnan().all() for x in canaries)

@@ -16,13 +16,13 @@ __device__ __forceinline__ void add_queries(KeyGradients& to, const unsigned cha
                                             int lane) {
     int g = lane >> 2, t = lane & 3;
     unsigned rows[4][4], packed[4];
-    Scores weights = {}, dp = {};
+    Scores weights = {}, dp;
     float2 deltas[2] = {*reinterpret_cast<const float2*>(numbers + CHUNK + 2 * t),
                         *reinterpret_cast<const float2*>(numbers + CHUNK + 8 + 2 * t)};
+#pragma unroll
+    for (int i = 0; i < 8; i++) dp[i] = i & 1 ? -deltas[i / 4].y : -deltas[i / 4].x;
     load_rows(rows, values, block, lane);
     multiply_rows(dp, rows, grads, turn, lane);
-#pragma unroll
-    for (int i = 0; i < 8; i++) dp[i] -= i & 1 ? deltas[i / 4].y : deltas[i / 4].x;
     if (EXACT) {
         float2 lse[2] = {*reinterpret_cast<const float2*>(numbers + 2 * t),
                          *reinterpret_cast<const float2*>(numbers + 8 + 2 * t)};

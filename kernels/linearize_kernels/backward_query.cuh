@@ -15,7 +15,16 @@ struct QuerySums {
     float far[2], weights[2], slopes[2];  // T(x) · (dp - delta), exact weights, their slopes
 };
 
-// One tile of 16 keys, exact: weights where visible(row, key), slopes; dq += slopes · keys. dp becomes dp - delta.
+// dp = grad · valuesᵀ - delta of 16 keys.
+__device__ __forceinline__ void multiply_grads(Scores& dp, const unsigned (&rows_grad)[4][4],
+                                               const unsigned char* values, unsigned turn, const float (&delta)[2],
+                                               int lane) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) dp[i] = -delta[score_row(i)];
+    multiply_rows(dp, rows_grad, values, turn, lane);
+}
+
+// One tile of 16 keys, exact: weights where visible(row, key), slopes; dq += slopes · keys. Leaves dp for the far term.
 template <class Visible>
 __device__ __forceinline__ void exact_queries(float (&dq)[8][4], QuerySums& sums, Scores& dp,
                                               const unsigned (&rows_grad)[4][4], const unsigned char* q_tile, int block,
@@ -26,15 +35,12 @@ __device__ __forceinline__ void exact_queries(float (&dq)[8][4], QuerySums& sums
     Scores scores = {};
     load_rows(a, q_tile, block, lane);
     multiply_rows(scores, a, keys, turn, lane);
-#pragma unroll
-    for (int i = 0; i < 8; i++) dp[i] = 0;
-    multiply_rows(dp, rows_grad, values, turn, lane);
+    multiply_grads(dp, rows_grad, values, turn, delta, lane);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         int r = score_row(i);
         bool sees = i < count && visible((lane >> 2) + 8 * r, score_key(i, lane & 3));
         float weight = sees ? exp2_fast(scores[i] * scale - lse[r]) : 0;
-        dp[i] -= delta[r];
         scores[i] = weight * dp[i];
         sums.weights[r] += weight;
         sums.slopes[r] += scores[i];
@@ -198,11 +204,7 @@ __device__ __forceinline__ void attend_queries(unsigned char* shared, Rows q, Ro
         if (c < last) copy_queries(shared + Q_AT, q, row, token + CHUNK, length, lane);
 #pragma unroll 1
         for (int tile = 0; tile < block; tile++) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) dp[i] = 0;
-            multiply_rows(dp, rows_grad, shared + V_AT + before * TILE + tile * 2048, tile % 2 * 64, lane);
-#pragma unroll
-            for (int i = 0; i < 8; i++) dp[i] -= delta[score_row(i)];
+            multiply_grads(dp, rows_grad, shared + V_AT + before * TILE + tile * 2048, tile % 2 * 64, delta, lane);
             auto far = [&](int, int key) { return key >= first - 16 * tile; };
             far_queries(acc_far, sums, dp, mapped, keys_far + 16 * tile * FAR_ROW, far, lane);
         }

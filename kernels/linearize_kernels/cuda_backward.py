@@ -8,7 +8,7 @@ import math
 import torch
 
 from . import cuda
-from .cuda_prefill import CHUNK, _aligned, _strides
+from .cuda_prefill import _aligned, _strides
 from .cuda_prefill import why_not as why_not_prefill
 
 HEAD_DIM = 64
