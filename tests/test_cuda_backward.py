@@ -27,6 +27,7 @@ CASES = {
     "no far term": {"length": 200, "gate": -torch.inf},
     "views of padded rows": {"length": 140, "extra": 8},
     "float32 maps": {"length": 200, "far_dtype": torch.float32},
+    "nothing of what rounding lost": {"length": 200, "gate": 5.0, "keep_rest": False},
 }
 
 
@@ -47,7 +48,7 @@ def forward(inputs, *, scaling, window, sinks):
     return rounded, rest, (logs.logsumexp(-1) / math.log(2)).float()
 
 
-def check(device, monkeypatch, *, far_dtype=None, **case):
+def check(device, monkeypatch, *, far_dtype=None, keep_rest=True, **case):
     inputs, options = make(**case, device=device)
     grad = torch.randn(inputs["q"].shape, device=device, generator=torch.Generator(device).manual_seed(1)).bfloat16()
     leaves = {name: x.double().requires_grad_() for name, x in inputs.items()}
@@ -65,6 +66,7 @@ def check(device, monkeypatch, *, far_dtype=None, **case):
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     try:
         out, rest, lse = forward(inputs, **options)
+        rest = rest if keep_rest else torch.zeros_like(rest)
         got = cuda_backward.attention_backward_cuda(
             **inputs, out=out, rest=rest, lse=lse, grad=grad, dtypes=far_dtype and (far_dtype, far_dtype), **options
         )  # fmt: skip
@@ -111,6 +113,7 @@ def test_training_takes_it(monkeypatch):
     got = torch.autograd.grad(out, list(leaves.values()), grad)
     for (name, leaf), x, right in zip(leaves.items(), got, expected, strict=True):
         assert x.dtype == leaf.dtype and relative(x, right) < 5e-3, name
+    assert (got[3] != got[3].bfloat16()).any(), "rounded on the way"
 
 
 REFUSED = {

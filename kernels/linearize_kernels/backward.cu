@@ -32,13 +32,6 @@
 #define SINK_BLOCKS 3
 #endif
 
-// Keeps what a role computes from an index inside its branch: registers of both roles are live before it otherwise.
-__device__ __forceinline__ void forget(int& index) {
-#ifndef CUDA_ON_CPU
-    asm volatile("" : "+r"(index));
-#endif
-}
-
 // Grid B · H, 256 threads. Strides in elements: of batch, head, token; rest lies as out. lse, delta, weight, dgate
 // [B, H, T] float32: lse as the forward leaves it, delta corrected, weight 0 where nothing is far.
 extern "C" __global__ void __launch_bounds__(ATTENDERS + KEEPERS, QUERY_BLOCKS) query_gradient_kernel(
@@ -53,14 +46,12 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS + KEEPERS, QUERY_BLOCKS) 
     long long b = blockIdx.x / heads, h = blockIdx.x % heads, kv = h / group, numbers = (long long)blockIdx.x * length;
     Rows grads = {grad + b * do_b + h * do_h, do_t};
     if (warp < ATTENDERS / 32) {
-        forget(lane);
         int block = (blockIdx.x / 132) & 1 ? 3 - warp : warp;  // as in prefill.cu
         query_pass::attend_queries(shared, {q + b * q_b + h * q_h, q_t}, {q_far + b * qf_b + h * qf_h, qf_t}, grads,
                        {gate + b * g_b + h * g_h, g_t, lse + numbers, delta + numbers, weight + numbers, dgate + numbers},
                        dq + b * dq_b + h * dq_h, dq_t, dq_far + b * dqf_b + h * dqf_h, dqf_t, last, length, sinks,
                        scale, scaling, block, lane);
     } else {
-        forget(lane);
         long long out_at = b * o_b + h * o_h;
         query_pass::keep_keys(shared, {k + b * k_b + kv * k_h, k_t}, {v + b * v_b + kv * v_h, v_t},
                   {k_far + b * kf_b + kv * kf_h, kf_t}, grads, {out + out_at, o_t}, rest + out_at, last, length, sinks,
@@ -79,13 +70,11 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS + KEEPERS, KEY_BLOCKS) ke
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, last = (length - 1) / CHUNK;
     long long b = blockIdx.x / heads, h = blockIdx.x % heads, kv = h / group, numbers = (long long)blockIdx.x * length;
     if (warp < ATTENDERS / 32) {
-        forget(lane);
         int block = (blockIdx.x / 132) & 1 ? 3 - warp : warp;
         key_pass::attend_keys(shared, {k + b * k_b + kv * k_h, k_t}, {v + b * v_b + kv * v_h, v_t},
                     {k_far + b * kf_b + kv * kf_h, kf_t}, dk + b * dk_b + h * dk_h, dk_t, dv + b * dv_b + h * dv_h, dv_t,
                     dk_far + b * dkf_b + h * dkf_h, dkf_t, last, length, sinks, scale, scaling, block, lane);
     } else {
-        forget(lane);
         key_pass::keep_queries(shared, {q + b * q_b + h * q_h, q_t}, {q_far + b * qf_b + h * qf_h, qf_t},
                      {grad + b * do_b + h * do_h, do_t}, lse + numbers, delta + numbers, weight + numbers, last, length,
                      warp - ATTENDERS / 32, lane);
@@ -101,7 +90,8 @@ extern "C" __global__ void __launch_bounds__(128, SINK_BLOCKS) sink_gradient_ker
     long long b = blockIdx.x / heads, h = blockIdx.x % heads, kv = h / group, numbers = (long long)blockIdx.x * length;
     long long part = ((long long)blockIdx.y * gridDim.x + blockIdx.x) * 1024;
     int first = blockIdx.y * span;
-    sink_pass::sink_gradients(shared, {q + b * q_b + h * q_h, q_t}, {k + b * k_b + kv * k_h, k_t}, {v + b * v_b + kv * v_h, v_t},
-                   {grad + b * do_b + h * do_h, do_t}, lse + numbers, delta + numbers, dk + part, dv + part, first,
-                   min(first + span, length), length, sinks, scale, scaling, threadIdx.x / 32, threadIdx.x % 32);
+    sink_pass::sink_gradients(
+        shared, {q + b * q_b + h * q_h, q_t}, {k + b * k_b + kv * k_h, k_t}, {v + b * v_b + kv * v_h, v_t},
+        {grad + b * do_b + h * do_h, do_t}, lse + numbers, delta + numbers, dk + part, dv + part, first,
+        min(first + span, length), length, sinks, scale, scaling, threadIdx.x / 32, threadIdx.x % 32);
 }

@@ -88,6 +88,17 @@ __device__ __forceinline__ int previous_in_ring(int place) { return place == 0 ?
 
 namespace key_pass {
 
+// add_queries of the tile at a place in the rings, in bytes.
+template <bool EXACT, bool FAR, class Exact, class Far>
+__device__ __forceinline__ void add_tile(KeyGradients& to, const unsigned char* shared, int block, unsigned at,
+                                         const unsigned (&mapped)[4], float scale, Exact exact, Far far, int lane) {
+    int tile = at / 2048;
+    const float* numbers = reinterpret_cast<const float*>(shared + NUMBERS_AT + tile / 4 * NUMBERS) + tile % 4 * 16;
+    add_queries<EXACT, FAR>(to, shared + K_AT, shared + V_AT, block, shared + Q_AT + at, shared + GRAD_AT + at,
+                            tile % 2 * 64, numbers, mapped, shared + Q_FAR_AT + tile * 16 * FAR_ROW, scale, exact, far,
+                            lane);
+}
+
 // The role of half the warps: keys 16 block … of every chunk.
 __device__ __forceinline__ void attend_keys(unsigned char* shared, Rows k, Rows v, Rows k_far, bf16* dk, int dk_stride,
                                             bf16* dv, int dv_stride, far_t* dk_far, int dk_far_stride, int last,
@@ -114,26 +125,20 @@ __device__ __forceinline__ void attend_keys(unsigned char* shared, Rows k, Rows 
         __syncwarp();
         if (c > 0) copy_far_queries(far_rows, k_far, 0, token - CHUNK, length, lane);
         meet();  // B
-        auto add = [&](auto is_exact, auto is_far, unsigned at, unsigned turn, auto exact, auto far) {
-            int tile = at / 2048;
-            add_queries<is_exact.value, is_far.value>(
-                sums, shared + K_AT, shared + V_AT, block, shared + Q_AT + at, shared + GRAD_AT + at, turn,
-                reinterpret_cast<const float*>(shared + NUMBERS_AT + tile / 4 * NUMBERS) + tile % 4 * 16, mapped,
-                shared + Q_FAR_AT + tile * 16 * FAR_ROW, scale, exact, far, lane);
-        };
-        unsigned turn = block % 2 * 64;
         auto all = [](int, int) { return true; };
 #pragma unroll UNROLL
         for (int n = 0; n < 4; n++)
-            add(YES, NO, find_tile(now, block + n), turn ^ (n % 2 * 64),
-                [&](int key, int query) { return n > 0 || query >= key; }, all);
-        add(YES, YES, find_tile(now, block + 4), turn, [](int key, int query) { return query < key; },
-            [](int key, int query) { return query >= key; });
+            add_tile<true, false>(sums, shared, block, find_tile(now, block + n), mapped, scale,
+                                  [&](int key, int query) { return n > 0 || query >= key; }, all, lane);
+        add_tile<true, true>(sums, shared, block, find_tile(now, block + 4), mapped, scale,
+                             [](int key, int query) { return query < key; },
+                             [](int key, int query) { return query >= key; }, lane);
         __syncwarp();
         if (c > 0) copy_queries(shared + K_AT, k, row, token - CHUNK, length, lane);
 #pragma unroll 1
         for (int tile = block + 1; tile < 4; tile++)
-            add(NO, YES, next_in_ring(now) * TILE + tile * 2048, tile % 2 * 64, all, all);
+            add_tile<false, true>(sums, shared, block, next_in_ring(now) * TILE + tile * 2048, mapped, scale, all, all,
+                                  lane);
         __syncwarp();
         if (c > 0) copy_queries(shared + V_AT, v, row, token - CHUNK, length, lane);
         const float is_far[2] = {token + g >= sinks ? 1.0f : 0.0f, token + g + 8 >= sinks ? 1.0f : 0.0f};

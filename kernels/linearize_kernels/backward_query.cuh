@@ -68,6 +68,19 @@ __device__ __forceinline__ void far_queries(float (&dq_far)[2][4], QuerySums& su
     add_mapped(dq_far, packed, keys_far, lane);
 }
 
+// lse of a lane's rows, infinite where there are none, and the far term's weight.
+__device__ __forceinline__ void load_weights(float (&lse)[2], float (&far_weight)[2], const QueryNumbers& from,
+                                             int token, int length, int sinks, int lane) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int query = token + (lane >> 2) + 8 * r;
+        lse[r] = query < length ? from.lse[query] : INFINITE;
+        bool sees_far = query < length && query - CHUNK >= sinks;
+        float gate = sees_far ? from.gate[(long long)query * from.gate_stride] * 1.4426950408889634f : 0;
+        far_weight[r] = sees_far ? exp2_fast(gate - lse[r]) : 0;
+    }
+}
+
 // Writes what a lane's rows have: lanes of a row together. Returns the far term's weight in far_weight.
 __device__ __forceinline__ void store_numbers(const QueryNumbers& to, QuerySums& sums, const float (&far_weight)[2],
                                               const float (&delta)[2], int token, int length, int lane) {
@@ -135,6 +148,48 @@ __device__ __forceinline__ void older_keys(float (&dq_far)[2][4], QuerySums& sum
 
 namespace query_pass {
 
+// Keys that may be exact: five tiles of chunks c - 1 and c, and the sinks. before: place of chunk c - 1 in the rings;
+// first: its keys before this place are none.
+__device__ __forceinline__ void near_keys(float (&acc)[8][4], float (&acc_far)[2][4], QuerySums& sums,
+                                          const unsigned (&rows_grad)[4][4], const unsigned (&mapped)[4],
+                                          const unsigned char* shared, int before, int first, int token, int block,
+                                          const float (&lse)[2], const float (&delta)[2], int sinks, float scale,
+                                          int lane) {
+    const unsigned char* keys_far = shared + K_FAR_AT + before * FAR_TILE;
+    Scores dp;
+#pragma unroll UNROLL
+    for (int n = 0; n < 5; n++) {
+        unsigned turn = (block + n) % 2 * 64, at = find_tile(before, block + n);
+        int low = first - 16 * (block + n);
+        auto visible = [&](int i, int key) { return key >= low && (n > 0 || key > i) && (n < 4 || key <= i); };
+        exact_queries(acc, sums, dp, rows_grad, shared + Q_AT, block, shared + K_AT + at, shared + V_AT + at, turn,
+                      lse, delta, scale, 8, visible, lane);
+        if (n == 0) {
+            auto far = [&](int i, int key) { return key >= low && key <= i; };
+            far_queries(acc_far, sums, dp, mapped, keys_far + 16 * block * FAR_ROW, far, lane);
+        }
+    }
+    if (SINKS) {
+        auto visible = [&](int i, int key) { return key < sinks && key <= token + i; };
+        exact_queries(acc, sums, dp, rows_grad, shared + Q_AT, block, shared + SINK_K_AT, shared + SINK_V_AT, 0,
+                      lse, delta, scale, SINKS > 8 ? 8 : 4, visible, lane);
+    }
+}
+
+// The tiles of chunk c - 1 that are all far.
+__device__ __forceinline__ void far_keys(float (&acc_far)[2][4], QuerySums& sums, const unsigned (&rows_grad)[4][4],
+                                         const unsigned (&mapped)[4], const unsigned char* shared, int before,
+                                         int first, int block, const float (&delta)[2], int lane) {
+    const unsigned char* keys_far = shared + K_FAR_AT + before * FAR_TILE;
+#pragma unroll 1
+    for (int tile = 0; tile < block; tile++) {
+        Scores dp;
+        multiply_grads(dp, rows_grad, shared + V_AT + before * TILE + tile * 2048, tile % 2 * 64, delta, lane);
+        auto far = [&](int, int key) { return key >= first - 16 * tile; };
+        far_queries(acc_far, sums, dp, mapped, keys_far + 16 * tile * FAR_ROW, far, lane);
+    }
+}
+
 // The role of half the warps: rows 16 block … of every chunk.
 __device__ __forceinline__ void attend_queries(unsigned char* shared, Rows q, Rows q_far, Rows grad,
                                                const QueryNumbers& numbers, bf16* dq, int dq_stride, far_t* dq_far,
@@ -153,14 +208,7 @@ __device__ __forceinline__ void attend_queries(unsigned char* shared, Rows q, Ro
         int token = c * CHUNK + row;
         float lse[2], far_weight[2], delta[2], acc[8][4] = {}, acc_far[2][4] = {};
         QuerySums sums = {};
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int query = token + g + 8 * r;
-            lse[r] = query < length ? numbers.lse[query] : INFINITE;
-            bool sees_far = query < length && query - CHUNK >= sinks;
-            float gate = sees_far ? numbers.gate[(long long)query * numbers.gate_stride] * 1.4426950408889634f : 0;
-            far_weight[r] = sees_far ? exp2_fast(gate - lse[r]) : 0;
-        }
+        load_weights(lse, far_weight, numbers, token, length, sinks, lane);
         wait_for_copies();
         meet();  // A
         Mapped x;
@@ -180,34 +228,12 @@ __device__ __forceinline__ void attend_queries(unsigned char* shared, Rows q, Ro
                        (c - 1) * CHUNK - sinks, lane);
         meet();  // B
         const unsigned mapped[4] = {x[0][0], x[1][0], x[0][4], x[1][4]};
-        const unsigned char* keys_far = shared + K_FAR_AT + before * FAR_TILE;
         int first = sinks - (c - 1) * CHUNK;  // keys of chunk c - 1 before this place are none
-        Scores dp;
-#pragma unroll UNROLL
-        for (int n = 0; n < 5; n++) {
-            unsigned turn = (block + n) % 2 * 64, at = find_tile(before, block + n);
-            int low = first - 16 * (block + n);
-            auto visible = [&](int i, int key) { return key >= low && (n > 0 || key > i) && (n < 4 || key <= i); };
-            exact_queries(acc, sums, dp, rows_grad, shared + Q_AT, block, shared + K_AT + at, shared + V_AT + at, turn,
-                          lse, delta, scale, 8, visible, lane);
-            if (n == 0) {
-                auto far = [&](int i, int key) { return key >= low && key <= i; };
-                far_queries(acc_far, sums, dp, mapped, keys_far + 16 * block * FAR_ROW, far, lane);
-            }
-        }
-        if (SINKS) {
-            auto visible = [&](int i, int key) { return key < sinks && key <= token + i; };
-            exact_queries(acc, sums, dp, rows_grad, shared + Q_AT, block, shared + SINK_K_AT, shared + SINK_V_AT, 0,
-                          lse, delta, scale, SINKS > 8 ? 8 : 4, visible, lane);
-        }
+        near_keys(acc, acc_far, sums, rows_grad, mapped, shared, before, first, token, block, lse, delta, sinks, scale,
+                  lane);
         __syncwarp();
         if (c < last) copy_queries(shared + Q_AT, q, row, token + CHUNK, length, lane);
-#pragma unroll 1
-        for (int tile = 0; tile < block; tile++) {
-            multiply_grads(dp, rows_grad, shared + V_AT + before * TILE + tile * 2048, tile % 2 * 64, delta, lane);
-            auto far = [&](int, int key) { return key >= first - 16 * tile; };
-            far_queries(acc_far, sums, dp, mapped, keys_far + 16 * tile * FAR_ROW, far, lane);
-        }
+        far_keys(acc_far, sums, rows_grad, mapped, shared, before, first, block, delta, lane);
         store_numbers(numbers, sums, far_weight, delta, token, length, lane);
         store_gradient(dq, dq_stride, acc, scaling, token, length, lane);
         store_mapped(dq_far, dq_far_stride, acc_far, far_weight, token, length, lane);

@@ -39,12 +39,6 @@ constexpr unsigned NUMBERS_AT = V_AT + SINK_TILE, BYTES = NUMBERS_AT + 2 * 2 * C
 static_assert(BYTES == 37888, "cuda_backward.py says so");
 }  // namespace sink_pass
 
-template <bool VALUE> struct Constant {
-    static constexpr bool value = VALUE;
-};
-constexpr Constant<true> YES;
-constexpr Constant<false> NO;
-
 #ifndef TILES_AT_ONCE
 #define TILES_AT_ONCE 2  // tiles of 16 whose products may overlap: more take more registers
 #endif
