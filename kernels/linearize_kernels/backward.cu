@@ -4,13 +4,14 @@
 //
 // Chunks, far and exact pairs, features and roles are prefill.cu's. With u = weight · [grad, -delta] of a query, weight
 // = exp(gate) / its denominator, the far term's slopes are features(q_far) · (S u) by the query and features(k_far) · R
-// [v, 1] by the key, where S = Σ features(k_far) ⊗ [v, 1] is over older keys, R = Σ features(q_far) ⊗ u over newer queries.
+// [v, 1] by the key, where S = Σ features(k_far) ⊗ [v, 1] is over older keys, R = Σ features(q_far) ⊗ u over newer
+// queries.
 // So there are two passes like prefill.cu's: over queries, forward in time, with S in the registers of four warps, and
-// over keys, backward in time, with R there; four others attend. The normaliser's part (1 and -delta) goes by Σ x xᵀ and
-// Σ x. In shared memory S and R are tiles [feature, column], read as they are and transposed.
+// over keys, backward in time, with R there; four others attend. The normaliser's part (1 and -delta) goes by Σ x xᵀ
+// and Σ x. In shared memory S and R are tiles [feature, column], read as they are and transposed.
 //
-// Of the key pass, a query head has its own block and gradients: heads of a group are added afterwards. Weights are taken
-// in base 2. All sums run in a fixed order, in float32.
+// Of the key pass, a query head has its own block and gradients: heads of a group are added afterwards. Weights are
+// taken in base 2. All sums run in a fixed order, in float32.
 #include "primitives.cuh"
 #include "tensor_cores.cuh"
 
@@ -48,7 +49,8 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS + KEEPERS, QUERY_BLOCKS) 
     if (warp < ATTENDERS / 32) {
         int block = (blockIdx.x / 132) & 1 ? 3 - warp : warp;  // as in prefill.cu
         query_pass::attend_queries(shared, {q + b * q_b + h * q_h, q_t}, {q_far + b * qf_b + h * qf_h, qf_t}, grads,
-                       {gate + b * g_b + h * g_h, g_t, lse + numbers, delta + numbers, weight + numbers, dgate + numbers},
+                       {gate + b * g_b + h * g_h, g_t, lse + numbers, delta + numbers, weight + numbers,
+                        dgate + numbers},
                        dq + b * dq_b + h * dq_h, dq_t, dq_far + b * dqf_b + h * dqf_h, dqf_t, last, length, sinks,
                        scale, scaling, block, lane);
     } else {
@@ -72,8 +74,8 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS + KEEPERS, KEY_BLOCKS) ke
     if (warp < ATTENDERS / 32) {
         int block = (blockIdx.x / 132) & 1 ? 3 - warp : warp;
         key_pass::attend_keys(shared, {k + b * k_b + kv * k_h, k_t}, {v + b * v_b + kv * v_h, v_t},
-                    {k_far + b * kf_b + kv * kf_h, kf_t}, dk + b * dk_b + h * dk_h, dk_t, dv + b * dv_b + h * dv_h, dv_t,
-                    dk_far + b * dkf_b + h * dkf_h, dkf_t, last, length, sinks, scale, scaling, block, lane);
+                    {k_far + b * kf_b + kv * kf_h, kf_t}, dk + b * dk_b + h * dk_h, dk_t, dv + b * dv_b + h * dv_h,
+                    dv_t, dk_far + b * dkf_b + h * dkf_h, dkf_t, last, length, sinks, scale, scaling, block, lane);
     } else {
         key_pass::keep_queries(shared, {q + b * q_b + h * q_h, q_t}, {q_far + b * qf_b + h * qf_h, qf_t},
                      {grad + b * do_b + h * do_h, do_t}, lse + numbers, delta + numbers, weight + numbers, last, length,

@@ -157,8 +157,8 @@ __device__ __forceinline__ void feature_gradient(float (&gradient)[2][4], float 
     }
 }
 
-// y = Σ z + (Σ z zᵀ) x, [16 rows, 16 dims], and value += this lane's part of x·Σ z + ½ x·(Σ z zᵀ) x. gram in two parts of
-// bfloat16, to be all but exact.
+// y = Σ z + (Σ z zᵀ) x, [16 rows, 16 dims], and value += this lane's part of x·Σ z + ½ x·(Σ z zᵀ) x. gram in two parts
+// of bfloat16, to be all but exact.
 __device__ __forceinline__ void gram_gradient(float (&y)[2][4], float (&value)[2], const unsigned char* gram,
                                               const Mapped& x, int lane) {
     const unsigned a[4] = {x[0][0], x[1][0], x[0][4], x[1][4]};

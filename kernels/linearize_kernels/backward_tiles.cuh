@@ -94,7 +94,8 @@ __device__ __forceinline__ void load_mapped(Mapped& x, const unsigned char* rows
     for (int r = 0; r < 2; r++)
 #pragma unroll
         for (int m = 0; m < 8; m++)
-            x[r][m] = *reinterpret_cast<const unsigned*>(rows + ((lane >> 2) + 8 * r) * Q_FAR_ROW + ((lane & 3) + m) * 4);
+            x[r][m] = *reinterpret_cast<const unsigned*>(rows + ((lane >> 2) + 8 * r) * Q_FAR_ROW +
+                                                         ((lane & 3) + m) * 4);
 }
 
 // Rows token … of a gradient [T, 64], times `factor`. Lanes of a pair swap words, so that a row's pieces are 32 bytes.
