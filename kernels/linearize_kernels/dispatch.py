@@ -57,7 +57,7 @@ def attention(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_ma
             can, run = KERNELS[name]
             verdict = can(q, k, v, q_far, k_far, gate, **options)
             if verdict:
-                return run(q, k, v, q_far, k_far, gate, **options)
+                return run(q, k, v, q_far, k_far, gate, **options, forced=name == chosen)
             if name == chosen:
                 raise RuntimeError(f"attention was asked to run in {name}, and cannot: {verdict.reason}")
     return attention_reference(q, k, v, q_far, k_far, gate, **options)
@@ -125,6 +125,31 @@ def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
         return Verdict(False, reason)
     error, allowed = self_test(
         q.device, q.dtype, prefill=True, cuda=True, heads=q.shape[1], groups=k.shape[1], far_heads=k.shape[1],
+        head_dim=q.shape[-1], value_dim=v.shape[-1], map_dim=q_far.shape[-1],
+    )  # fmt: skip
+    return _compared(error, allowed, q.device)
+
+
+def can_backward_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
+    """Whether CUDA kernels can find the gradients of `attention_training`, with the reason where not.
+
+    The first call of each sort on a device compiles them and compares them with the reference there, which takes
+    seconds.
+    """
+    from . import cuda
+
+    chosen = requested()
+    reason = cuda.why_not(q.device) if chosen in ("auto", "cuda") else f"{chosen} is asked for"
+    if reason:
+        return Verdict(False, reason)
+    from . import cuda_backward
+    from .self_test import self_test
+
+    reason = cuda_backward.why_not(q, k, v, q_far, k_far, gate, **options) or cuda_backward.why_not_device(q.device)
+    if reason:
+        return Verdict(False, reason)
+    error, allowed = self_test(
+        q.device, q.dtype, prefill=False, cuda=True, heads=q.shape[1], groups=k.shape[1], far_heads=k.shape[1],
         head_dim=q.shape[-1], value_dim=v.shape[-1], map_dim=q_far.shape[-1],
     )  # fmt: skip
     return _compared(error, allowed, q.device)
@@ -228,13 +253,14 @@ def _prefills(*, state=None, return_state=False, **_) -> bool:
     return state is not None or return_state
 
 
-def _triton(*tensors, feature_map, softcap, sink_logits, state, return_state, segments, **options):
+def _triton(*tensors, feature_map, softcap, sink_logits, state, return_state, segments, forced, **options):
     from .prefill import attention_prefill
     from .training import attention_training
 
     with torch.cuda.device_of(tensors[0]):
         if not _prefills(state=state, return_state=return_state):
-            return attention_training(*tensors, **options, segments=segments), None
+            backward = "triton" if forced else "auto"
+            return attention_training(*tensors, **options, segments=segments, backward=backward), None
         out, state = attention_prefill(*tensors, **options, state=state)
         return out, state if return_state else None
 
@@ -264,6 +290,7 @@ def report(device: str | torch.device = "cuda") -> list[tuple[str, str, str]]:
             tensors = [x.requires_grad_(training) for x in tensors]
             options = dict(scaling=1.0, window=64, sinks=4, return_state=not training)
             rows.append((f"{name}, {dtype}".replace("torch.", ""), *_report_attention(tensors, options)))
+    rows.append(("training backward, bfloat16", *_report_backward(device)))
     rows += [_report_decode(dtype, device) for dtype in (torch.bfloat16, torch.float32)]
     return rows
 
@@ -278,6 +305,14 @@ def _report_attention(tensors, options) -> tuple[str, str]:
         if verdict and tensors[0].is_cuda:
             return name, "the self-test passed"
     return (chosen if chosen in KERNELS else "reference"), verdict.reason
+
+
+def _report_backward(device) -> tuple[str, str]:
+    """What finds the gradients of a batch that fills a GPU, and why."""
+    sizes = [(9, 64), (3, 64), (3, 64), (9, 16), (3, 16), (9,)]
+    tensors = [torch.zeros(16, h, 64, *size, device=device, dtype=torch.bfloat16) for h, *size in sizes]
+    verdict = can_backward_cuda(*tensors, scaling=1.0, window=64, sinks=4)
+    return ("cuda", "the self-test passed") if verdict else ("as forward", f"not cuda: {verdict.reason}")
 
 
 def _report_decode(dtype, device) -> tuple[str, str, str]:

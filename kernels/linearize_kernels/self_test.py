@@ -32,7 +32,7 @@ def self_test(device, dtype, *, prefill: bool, heads: int, groups: int, far_head
         if prefill:
             expected, got = _prefill_results(inputs, options, cuda)
         else:
-            expected, got = _training_results(inputs, options, grad, backward)
+            expected, got = _training_results(inputs, options, grad, backward, cuda)
     errors = [((a - b).norm() / a.norm()).item() for a, b in zip(expected, got, strict=True)]
     return max(math.inf if math.isnan(e) else e for e in errors), 1e-4 if dtype == torch.float32 else 1e-2
 
@@ -97,12 +97,12 @@ def _prefill_results(inputs, options, cuda):
     return [[x for out, state in each for x in (out, state.total)] for each in ([expected] * len(got), got)]
 
 
-def _training_results(inputs, options, grad, backward):
+def _training_results(inputs, options, grad, backward, cuda):
     from .training import attention_training
 
-    results = []
+    results, trained = [], functools.partial(attention_training, backward="cuda" if cuda else "triton")
     with torch.set_grad_enabled(backward):
-        for function, kind in ((attention_quadratic, torch.float64), (attention_training, grad.dtype)):
+        for function, kind in ((attention_quadratic, torch.float64), (trained, grad.dtype)):
             leaves = {n: x.to(kind).requires_grad_(backward) for n, x in inputs.items()}
             out = function(**leaves, **options)
             out = out[0] if isinstance(out, tuple) else out

@@ -19,6 +19,8 @@ import triton
 
 from . import forward_kernels, gradient_kernels
 from .configs import Tiles, config_for, padded, precision
+from .cuda_backward import attention_backward_cuda
+from .dispatch import can_backward_cuda
 from .picks import make_picks
 from .plan import Plan, plain_plan, plan_rows
 from .sums import Sums, key_sums, no_sums, query_sums
@@ -29,17 +31,18 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def attention_training(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, valid=None, segments=None,
-                       log_decay=None, config=None):  # fmt: skip
+                       log_decay=None, config=None, backward="auto"):  # fmt: skip
     """Hybrid attention with the Taylor map: arguments as `attention_quadratic`. Returns out [B, H, T, V] of
     q's dtype.
 
     q, k, v of one dtype, float32 or bfloat16; the others of any. Differentiable once in q, k, v, q_far,
     k_far, gate and log_decay. valid and segments as in the reference, the slots of a segment side by side.
-    config: one of CONFIGS' values, for measurements.
+    config: one of CONFIGS' values, for measurements. backward: "triton" or "cuda" finds the gradients; "auto": CUDA
+    where `can_backward_cuda` agrees.
     """
     config = config or config_for(q.dtype, max(q.shape[-1], v.shape[-1]))
     return _Attention.apply(
-        q, k, v, q_far, k_far, gate, log_decay, valid, segments, scaling, window, sinks, config
+        q, k, v, q_far, k_far, gate, log_decay, valid, segments, scaling, window, sinks, config, backward
     )
 
 
@@ -124,11 +127,16 @@ def launch_forward(q, k, v, q_far, k_far, gate, log_decay, plan: Plan, sums: Sum
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, q_far, k_far, gate, log_decay, valid, segments, scaling, window, sinks, config):
+    def forward(ctx, q, k, v, q_far, k_far, gate, log_decay, valid, segments, scaling, window, sinks, config,
+                backward):  # fmt: skip
         far_dtypes = q_far.dtype, k_far.dtype
         q, k, v, q_far, k_far = (row_major(x.to(q.dtype)) for x in (q, k, v, q_far, k_far))
         decay = None if log_decay is None else log_decay.detach().float().contiguous()
         length, differentiable = q.shape[2], any(ctx.needs_input_grad)
+        if backward == "auto" and differentiable:
+            options = dict(scaling=scaling, window=window, sinks=sinks, valid=valid, segments=segments)
+            verdict = can_backward_cuda(q, k, v, q_far, k_far, gate, **options, log_decay=decay)
+            backward = "cuda" if verdict else "triton"
         if valid is None and segments is None:
             plan = plain_plan(q.device)
         else:
@@ -142,8 +150,11 @@ class _Attention(torch.autograd.Function):
             q, k, v, q_far, k_far, gate, decay, plan, sums, scaling=scaling, window=window, sinks=sinks,
             tiles=config.forward, keep_rest=keep_rest,
         )  # fmt: skip
+        if backward == "cuda":
+            sums = no_sums(q.device)
         ctx.save_for_backward(q, k, v, q_far, k_far, gate, decay, out, rest, lse, *plan[1:], *sums.arguments())
         ctx.settings = (plan.plain, sums[4:], scaling, window, sinks, config, far_dtypes)
+        ctx.in_cuda = backward == "cuda"
         return out
 
     @staticmethod
@@ -151,6 +162,12 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad):
         plain, sum_settings, scaling, window, sinks, config, far_dtypes = ctx.settings
         q, k, v, q_far, k_far, gate, decay, out, rest, lse, *saved = ctx.saved_tensors
+        if ctx.in_cuda:
+            *gradients, dgate = attention_backward_cuda(
+                q, k, v, q_far, k_far, gate, out, rest, lse, grad, scaling=scaling, window=window, sinks=sinks,
+                dtypes=far_dtypes,
+            )  # fmt: skip
+            return *gradients, dgate.to(gate.dtype), *[None] * 8
         plan, sums, grad = Plan(plain, *saved[:7]), Sums(*saved[7:], *sum_settings), row_major(grad)
         length, rates = q.shape[2], gate if decay is None else decay
         delta, weight, dgate = (torch.empty_like(lse) for _ in range(3))
@@ -188,7 +205,7 @@ class _Attention(torch.autograd.Function):
             per_head = ddecay.sum((0, 2))  # [H]
             ddecay = per_head.unflatten(0, (k_far.shape[1], -1)).sum(1)
         gradients = dq, dk, dv, dq_far, dk_far.to(far_dtypes[1]), dgate.to(gate.dtype), ddecay
-        return *gradients, *[None] * 6
+        return *gradients, *[None] * 7
 
 
 def _put_sink_gradients(dk, dv, q, k, v, grad, lse, delta, *, sinks, scale, scaling):
