@@ -25,6 +25,28 @@ def attention_prefill_cuda(q, k, v, q_far, k_far, gate, *, scaling, window, sink
     segments: so many programs share a text, each after a sum over what precedes it; None: enough to fill the GPU.
     Arguments must be such that `why_not` finds nothing.
     """
+    groups, size = k.shape[1], q.shape[-1]
+    total = q.new_empty(len(q), groups, NUM_FEATURES, size + 1, dtype=torch.float32) if return_state else None
+    out, k, v = _launch(q, k, v, q_far, k_far, gate, total=total, scaling=scaling, sinks=sinks, segments=segments,
+                        parts=parts)  # fmt: skip
+    state = State.after_text(total, k, v, k_far, sinks=sinks, ring=window - 1) if return_state else None
+    return out, state
+
+
+def attention_forward_cuda(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, segments=None, parts=PARTS):
+    """What a backward needs of the same: (out, rest, both [B, H, T, V] with equal strides, lse [B, H, T] float32).
+
+    rest: what rounding took from out. lse: base-2 log of each denominator. window: as `why_not` allows, 64.
+    """
+    batch, heads, length, _ = q.shape
+    rest, lse = _like(q), q.new_empty(batch, heads, length, dtype=torch.float32)
+    out, _, _ = _launch(q, k, v, q_far, k_far, gate, rest=rest, lse=lse, scaling=scaling, sinks=sinks,
+                        segments=segments, parts=parts)  # fmt: skip
+    return out, rest, lse
+
+
+def _launch(q, k, v, q_far, k_far, gate, *, scaling, sinks, segments, parts, total=None, rest=None, lse=None):
+    """Runs the kernels; returns out, and k and v as they took them."""
     batch, heads, length, size = q.shape
     groups, chunks = k.shape[1], -(-length // CHUNK)
     q, k, v, q_far, mapped = (_aligned(x.to(q.dtype)) for x in (q, k, v, q_far, k_far))
@@ -33,8 +55,7 @@ def attention_prefill_cuda(q, k, v, q_far, k_far, gate, *, scaling, window, sink
     span = -(-chunks // (segments * parts)) * parts
     segments = -(-chunks // span)
     out = _like(q)
-    total = q.new_empty(batch, groups, NUM_FEATURES, size + 1, dtype=torch.float32)
-    sums = total
+    sums = None
     if segments > 1:
         number = (segments - 1) * parts
         sums = q.new_empty(batch * groups, number, 160 * size + 272, dtype=torch.float32)
@@ -42,13 +63,12 @@ def attention_prefill_cuda(q, k, v, q_far, k_far, gate, *, scaling, window, sink
             (batch * groups, number, 1), (2 * size, 1, 1), v, mapped, sums, *_strides(v, mapped),
             length, groups, sinks, span // parts,
         )  # fmt: skip
-    _kernel("prefill_kernel", size, sinks)(
-        (batch * heads, segments, 1), (4 * size, 1, 1), q, k, v, q_far, mapped, gate, out, total, sums,
+    _kernel("prefill_kernel", size, sinks, training=lse is not None)(
+        (batch * heads, segments, 1), (4 * size, 1, 1), q, k, v, q_far, mapped, gate, out, rest, lse, total, sums,
         *_strides(q, k, v, q_far, mapped, gate, out),
         length, heads, heads // groups, sinks, span, parts, scaling * math.log2(math.e),
     )  # fmt: skip
-    state = State.after_text(total, k, v, k_far, sinks=sinks, ring=window - 1) if return_state else None
-    return out, state
+    return out, k, v
 
 
 def why_not(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_map="taylor", valid=None, segments=None,
@@ -96,10 +116,11 @@ def choose_segments(programs: int, chunks: int, head_dim: int, device) -> int:
     return max(1, min(processors * 128 // head_dim // programs, chunks // SHORTEST))
 
 
-def _kernel(name: str, head_dim: int, sinks: int):
+def _kernel(name: str, head_dim: int, sinks: int, training=False):
     if name == "prefill_sums_kernel":
         return cuda.kernel("prefill.cu", name, {"HEAD_DIM": head_dim}, SUMS_SHARED_BYTES[head_dim])
-    return cuda.kernel("prefill.cu", name, {"HEAD_DIM": head_dim, "SINKS": -(-sinks // 8) * 8}, SHARED_BYTES[head_dim])
+    defines = {"HEAD_DIM": head_dim, "SINKS": -(-sinks // 8) * 8, "TRAINING": int(training)}
+    return cuda.kernel("prefill.cu", name, defines, SHARED_BYTES[head_dim])
 
 
 def _aligned(x):

@@ -25,11 +25,12 @@
 #include "prefill_attend.cuh"
 
 // Grid (B · H, segments), 256 or 512 threads. Strides in elements: of batch, head, token. A segment is `span` chunks of
-// 64. total [B, G, 153, V + 1] float32: State.total after all tokens. sums [B · G, (segments - 1) · parts, SUM_FLOATS +
+// 64. total [B, G, 153, V + 1] float32: State.total after all tokens; or null. TRAINING: rest, with out's strides, is
+// what out lost when it was rounded, lse [B, H, T] float32 the base-2 log of each denominator. sums [B · G, (segments - 1) · parts, SUM_FLOATS +
 // GRAM_FLOATS] of prefill_sums_kernel, each of span / parts chunks.
 extern "C" __global__ void __launch_bounds__(ATTENDERS + KEEPERS, BLOCKS) prefill_kernel(
     const bf16* q, const bf16* k, const bf16* v, const bf16* q_far, const bf16* k_far, const float* gate, bf16* out,
-    float* total, const float* sums, int q_b, int q_h, int q_t, int k_b, int k_h, int k_t, int v_b, int v_h, int v_t,
+    bf16* rest, float* lse, float* total, const float* sums, int q_b, int q_h, int q_t, int k_b, int k_h, int k_t, int v_b, int v_h, int v_t,
     int qf_b, int qf_h, int qf_t, int kf_b, int kf_h, int kf_t, int g_b, int g_h, int g_t, int o_b, int o_h, int o_t,
     int length, int heads, int group, int sinks, int span, int parts, float scale) {
     DYNAMIC_SHARED(shared);
@@ -37,17 +38,18 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS + KEEPERS, BLOCKS) prefil
     long long b = blockIdx.x / heads;
     int h = blockIdx.x % heads, kv = h / group, chunks = (length + CHUNK - 1) / CHUNK;
     int first = segment * span, last = min(first + span, chunks) - 1;
+    bool writes = total && segment == segments - 1 && h % group == 0;
     if (warp < ATTENDERS / 32) {
         // The last rows have the most work: not always on one scheduler. Blocks of one multiprocessor are 132 apart.
         int block = (blockIdx.x / 132 + warp / 4) & 1 ? 3 - warp % 4 : warp % 4;
+        long long at = b * o_b + (long long)h * o_h;
         attend(shared, {q + b * q_b + (long long)h * q_h, q_t}, {q_far + b * qf_b + (long long)h * qf_h, qf_t},
-               gate + b * g_b + (long long)h * g_h, g_t, out + b * o_b + (long long)h * o_h, o_t, first, last, length,
-               sinks, scale, block, warp / 4, lane);
-        if (segment == segments - 1 && h % group == 0)
+               gate + b * g_b + (long long)h * g_h, g_t, {out + at, rest + at, lse + (long long)blockIdx.x * length, o_t},
+               first, last, length, sinks, scale, block, warp / 4, lane);
+        if (writes)
             for (int i = 0; i < FINAL_MEETINGS; i++) meet();
     } else {
         long long row = b * (heads / group) + kv;
-        bool writes = segment == segments - 1 && h % group == 0;
         keep_sum(shared, {k + b * k_b + (long long)kv * k_h, k_t}, {v + b * v_b + (long long)kv * v_h, v_t},
                  {k_far + b * kf_b + (long long)kv * kf_h, kf_t},
                  sums + row * (segments - 1) * parts * (SUM_FLOATS + GRAM_FLOATS), segment * parts,
