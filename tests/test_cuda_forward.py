@@ -14,6 +14,7 @@ from test_cuda_prefill import make, relative
 
 from linearize_kernels import attention, attention_quadratic, cuda, cuda_prefill
 from linearize_kernels.dispatch import can_forward_cuda, can_run_cuda
+from linearize_kernels.plan import plan_rows
 
 CASES = {
     **{f"length {t}": {"length": t} for t in (1, 63, 64, 65, 200)},
@@ -80,6 +81,50 @@ def check_rest(device, size):
     torch.testing.assert_close(lse[0, 0], counts.log() / math.log(2), rtol=1e-6, atol=1e-6)
 
 
+DOCUMENTS = {
+    "one": {"length": 150, "cuts": ()},
+    "three": {"length": 300, "cuts": (70, 200)},
+    "short ones": {"length": 140, "cuts": (1, 2, 5, 64, 128)},
+    "shared by programs": {"length": 400, "cuts": (64, 65, 199, 330), "segments": 3},
+    "one beyond its part": {"length": 260, "cuts": (10, 250), "segments": 4},
+    "heads and rows": {"length": 150, "cuts": (61,), "heads": 4, "groups": 2, "batch": 2, "segments": 2},
+    "no sinks": {"length": 200, "cuts": (90,), "sinks": 0},
+    "head dim 128": {"length": 210, "cuts": (75, 141), "size": 128, "segments": 2},
+}
+
+
+def check_documents(device, *, cuts, segments=None, **case):
+    """Each document as if it stood alone."""
+    inputs, options = make(**case, device=device)
+    length = inputs["q"].shape[2]
+    numbers = torch.zeros(len(inputs["q"]), length, dtype=torch.long, device=device)
+    for cut in cuts:
+        numbers[:1, cut:] += 1  # other rows: one document
+    ends = plan_rows(length, None, numbers, window=64, sinks=options["sinks"]).last
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        got = cuda_prefill.attention_forward_cuda(**inputs, **options, ends=ends, segments=segments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    exact = {n: x.double() for n, x in inputs.items()}
+    expected, _ = attention_quadratic(**exact, **options, segments=numbers)
+    assert relative(got[0], expected) < 5e-3
+    for row in range(len(numbers)):
+        bounds = [0, *cuts, length] if row == 0 else [0, length]
+        for start, end in zip(bounds, bounds[1:]):
+            alone = {n: x[row : row + 1, :, start:end] for n, x in inputs.items()}
+            for x, right in zip(got, cuda_prefill.attention_forward_cuda(**alone, **options, segments=1), strict=True):
+                assert torch.equal(x[row : row + 1, :, start:end], right)
+
+
+@IN_EMULATOR
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_emulated(name, reverse, monkeypatch):
+    monkeypatch.setattr(cuda, "kernel", functools.partial(cuda_emulator.kernel, reverse=reverse))
+    check_documents("cpu", **DOCUMENTS[name])
+
+
 @IN_EMULATOR
 @pytest.mark.parametrize("size", [64, 128])
 def test_out_and_rest_are_exact_together(size, monkeypatch):
@@ -103,6 +148,18 @@ def test_training_takes_it(monkeypatch):
     got = torch.autograd.grad(out, list(leaves.values()), grad)
     for (name, leaf), x, right in zip(leaves.items(), got, expected, strict=True):
         assert x.dtype == leaf.dtype and relative(x, right) < 5e-3, name
+
+
+def test_few_programs_with_documents_go_to_triton():
+    inputs, options = make(length=9, heads=132)
+    numbers = torch.zeros(1, 9, dtype=torch.long)
+    assert cuda_prefill.why_not_forward(*inputs.values(), **options) == ""
+    assert "132 rows times heads" in cuda_prefill.why_not_forward(*inputs.values(), **options, segments=numbers)
+    inputs, options = make(length=9, heads=132, batch=2)
+    numbers = numbers.expand(2, -1)
+    assert cuda_prefill.why_not_forward(*inputs.values(), **options, segments=numbers) == ""
+    valid = numbers == 0
+    assert "valid" in cuda_prefill.why_not_forward(*inputs.values(), **options, segments=numbers, valid=valid)
 
 
 def test_refusals():
@@ -137,6 +194,13 @@ def test_on_gpu(name):
 
 @pytest.mark.gpu
 @ON_GPU
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_on_gpu(name):
+    check_documents("cuda", **DOCUMENTS[name])
+
+
+@pytest.mark.gpu
+@ON_GPU
 @pytest.mark.parametrize("size", [64, 128])
 def test_out_and_rest_on_gpu(size):
     check_rest("cuda", size)
@@ -149,6 +213,7 @@ GRADIENTS = {
     "head dim 128": {"length": 1000, "heads": 8, "groups": 2, "size": 128, "batch": 2},
     "no sinks": {"length": 700, "heads": 4, "groups": 4, "sinks": 0},
     "no far term": {"length": 500, "gate": -torch.inf},
+    "documents": {"length": 1200, "heads": 8, "groups": 2, "cuts": (1, 300, 420, 1000)},
     "cut into segments": {"length": 8192, "heads": 2, "groups": 1},
 }
 
@@ -159,7 +224,11 @@ GRADIENTS = {
 def test_gradients_by_triton_after_it(name):
     from linearize_kernels.training import attention_training
 
-    inputs, options = make(**GRADIENTS[name], device="cuda")
+    cuts, case = GRADIENTS[name].get("cuts"), {n: x for n, x in GRADIENTS[name].items() if n != "cuts"}
+    inputs, options = make(**case, device="cuda")
+    if cuts:
+        slots = torch.arange(case["length"], device="cuda")[None]
+        options["segments"] = sum((slots >= cut).long() for cut in cuts)
     grad = torch.randn(inputs["q"].shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).bfloat16()
     exact = {n: x.double().requires_grad_() for n, x in inputs.items()}
     expected = torch.autograd.grad(attention_quadratic(**exact, **options)[0], list(exact.values()), grad.double())

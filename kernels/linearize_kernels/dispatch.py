@@ -144,7 +144,7 @@ def can_forward_cuda(q, k, v, q_far, k_far, gate, *, backward=True, **options) -
         return cuda_prefill.why_not_device(device, q.shape[-1])
 
     tensors = q, k, v, q_far, k_far, gate
-    return _can_train_cuda("forward", tensors, options, cuda_prefill.why_not, why_not_device, backward=backward)
+    return _can_train_cuda("forward", tensors, options, cuda_prefill.why_not_forward, why_not_device, backward)
 
 
 def can_backward_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
@@ -171,6 +171,7 @@ def _can_train_cuda(part: str, tensors, options, why_not, why_not_device, backwa
     error, allowed = self_test(
         q.device, q.dtype, prefill=False, cuda=part, heads=q.shape[1], groups=k.shape[1], far_heads=k.shape[1],
         head_dim=q.shape[-1], value_dim=v.shape[-1], map_dim=q_far.shape[-1], backward=backward,
+        masked=options.get("segments") is not None,
     )  # fmt: skip
     return _compared(error, allowed, q.device)
 
@@ -286,13 +287,14 @@ def _triton(*tensors, feature_map, softcap, sink_logits, state, return_state, se
         return out, state if return_state else None
 
 
-def _cuda(*tensors, scaling, window, sinks, return_state, **_):
+def _cuda(*tensors, scaling, window, sinks, return_state, segments, **_):
     from .cuda_prefill import attention_prefill_cuda
     from .training import attention_training
 
     with torch.cuda.device_of(tensors[0]):
         if _needs_grad(tensors):
-            return attention_training(*tensors, scaling=scaling, window=window, sinks=sinks, forward="cuda"), None
+            options = dict(scaling=scaling, window=window, sinks=sinks, segments=segments)
+            return attention_training(*tensors, **options, forward="cuda"), None
         return attention_prefill_cuda(
             *tensors, scaling=scaling, window=window, sinks=sinks, return_state=return_state
         )

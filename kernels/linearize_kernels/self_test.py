@@ -24,7 +24,8 @@ def self_test(device, dtype, *, prefill: bool, heads: int, groups: int, far_head
     options = dict(scaling=head_dim**-0.5, window=64, sinks=4)
     if masked:
         slots = torch.arange(600, device=device)[None]
-        options["valid"] = slots >= 9
+        if not cuda:  # CUDA kernels know no padding
+            options["valid"] = slots >= 9
         if not prefill:
             options["segments"] = (slots >= 150).long() + (slots >= 151)
     if not decay:

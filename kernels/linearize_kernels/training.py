@@ -20,7 +20,7 @@ import triton
 from . import forward_kernels, gradient_kernels
 from .configs import Tiles, config_for, padded, precision
 from .cuda_backward import attention_backward_cuda
-from .cuda_prefill import attention_forward_cuda
+from .cuda_prefill import attention_forward_cuda, attention_prefill_cuda
 from .dispatch import can_backward_cuda, can_forward_cuda
 from .picks import make_picks
 from .plan import Plan, plain_plan, plan_rows
@@ -127,6 +127,13 @@ def launch_forward(q, k, v, q_far, k_far, gate, log_decay, plan: Plan, sums: Sum
     return out, rest, lse
 
 
+def _forward_cuda(*tensors, plan: Plan, keep, **numbers):
+    """(out, rest, log denominators) in CUDA; the last two may be None unless they are to be kept."""
+    if keep or not plan.plain:
+        return attention_forward_cuda(*tensors, **numbers, ends=None if plan.plain else plan.last)
+    return attention_prefill_cuda(*tensors, **numbers, return_state=False)[0], None, None
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, q_far, k_far, gate, log_decay, valid, segments, scaling, window, sinks, config,
@@ -148,7 +155,7 @@ class _Attention(torch.autograd.Function):
         chunked = length > window + config.chunk and not (differentiable and decay is not None)
         sums = no_sums(q.device)
         if forward == "cuda":
-            out, rest, lse = attention_forward_cuda(*tensors, **numbers)
+            out, rest, lse = _forward_cuda(*tensors, **numbers, plan=plan, keep=differentiable)
         else:
             if chunked:
                 sums, _ = key_sums(k_far, v, plan, config, sinks=sinks, log_decay=decay)
