@@ -4,6 +4,7 @@ Without a GPU the same source runs in an emulator (cuda_on_cpu.h), in both order
 """
 
 import functools
+import itertools
 import math
 
 import cuda_emulator
@@ -111,7 +112,7 @@ def check_documents(device, *, cuts, segments=None, **case):
     assert relative(got[0], expected) < 5e-3
     for row in range(len(numbers)):
         bounds = [0, *cuts, length] if row == 0 else [0, length]
-        for start, end in zip(bounds, bounds[1:]):
+        for start, end in itertools.pairwise(bounds):
             alone = {n: x[row : row + 1, :, start:end] for n, x in inputs.items()}
             for x, right in zip(got, cuda_prefill.attention_forward_cuda(**alone, **options, segments=1), strict=True):
                 assert torch.equal(x[row : row + 1, :, start:end], right)

@@ -113,7 +113,8 @@ def why_not_forward(q, *tensors, segments=None, **options) -> str:
     if reason or segments is None:
         return reason
     programs = q.shape[0] * q.shape[1]
-    return "" if programs >= FEWEST else f"several texts in {programs} rows times heads: Triton is faster below {FEWEST}"
+    few = f"several texts in {programs} rows times heads: Triton is faster below {FEWEST}"
+    return "" if programs >= FEWEST else few
 
 
 def why_not_device(device, head_dim: int) -> str:
