@@ -151,6 +151,36 @@ def test_training_takes_it(monkeypatch):
         assert x.dtype == leaf.dtype and relative(x, right) < 5e-3, name
 
 
+@IN_EMULATOR
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_forced_forward_runs_or_raises(documents, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    tested = []
+
+    def self_test(*_, **sort):
+        tested.append((sort["cuda"], sort.get("masked", False), sort.get("backward")))
+        return 0.0, 1.0
+
+    monkeypatch.setattr(cuda, "kernel", cuda_emulator.kernel)
+    monkeypatch.setattr(cuda, "why_not", lambda device: "")
+    monkeypatch.setattr(cuda_prefill, "why_not_device", lambda *_: "")
+    monkeypatch.setattr(cuda_prefill, "FEWEST", 1)
+    monkeypatch.setattr("linearize_kernels.self_test.self_test", self_test)
+    inputs, options = make(length=100)
+    options["segments"] = (torch.arange(100)[None] > 40).long() if documents else None
+    expected, _ = attention_quadratic(**{n: x.double() for n, x in inputs.items()}, **options)
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    out, _ = attention(**leaves, **options, implementation="cuda")
+    assert out.requires_grad and relative(out.detach(), expected) < 5e-3
+    without, _ = attention(**inputs, **options, implementation="cuda")
+    assert torch.equal(without, out)
+    assert tested == [("forward", documents, True), ("forward", True, False) if documents else ("prefill", False, None)]
+    with pytest.raises(RuntimeError, match="cannot: valid is not built"):
+        attention(**leaves, **options, valid=torch.ones(1, 100, dtype=torch.bool), implementation="cuda")
+    with pytest.raises(RuntimeError, match="cannot: no gradients through a state in CUDA"):
+        attention(**leaves, **options, return_state=True, implementation="cuda")
+
+
 def test_few_programs_with_documents_go_to_triton():
     inputs, options = make(length=9, heads=132)
     numbers = torch.zeros(1, 9, dtype=torch.long)

@@ -104,7 +104,8 @@ def can_run(q, k, v, q_far, k_far, gate, **options) -> Verdict:
 
 
 def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
-    """Whether the CUDA kernel can take this call of `attention` (a whole text), with the reason where not.
+    """Whether the CUDA kernel can take this call of `attention` (a whole text; without a state also rows of several),
+    with the reason where not.
 
     The first call of each sort on a device compiles it and compares it with the reference there, which takes seconds.
     """
@@ -116,10 +117,11 @@ def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
     from . import cuda_prefill
     from .self_test import self_test
 
-    if _needs_grad([q, k, v, q_far, k_far, gate, options.get("log_decay")]):
-        if _prefills(**options):
-            return Verdict(False, "no gradients through a state in CUDA")
-        return can_forward_cuda(q, k, v, q_far, k_far, gate, **options)
+    needs_grad, prefills = _needs_grad([q, k, v, q_far, k_far, gate, options.get("log_decay")]), _prefills(**options)
+    if needs_grad and prefills:
+        return Verdict(False, "no gradients through a state in CUDA")
+    if not prefills and (needs_grad or options.get("segments") is not None):
+        return can_forward_cuda(q, k, v, q_far, k_far, gate, **options, backward=needs_grad)
     reason = cuda_prefill.why_not(q, k, v, q_far, k_far, gate, **options) or cuda_prefill.why_not_device(
         q.device, q.shape[-1]
     )
@@ -292,7 +294,7 @@ def _cuda(*tensors, scaling, window, sinks, return_state, segments, **_):
     from .training import attention_training
 
     with torch.cuda.device_of(tensors[0]):
-        if _needs_grad(tensors):
+        if _needs_grad(tensors) or segments is not None:
             options = dict(scaling=scaling, window=window, sinks=sinks, segments=segments)
             return attention_training(*tensors, **options, forward="cuda"), None
         return attention_prefill_cuda(
