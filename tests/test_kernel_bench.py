@@ -155,7 +155,7 @@ def test_every_peer_has_a_candidate_and_ours_comes_first():
     s = SHAPES["8b"]._replace(T=4096)
     for operation in ("prefill", "forward", "forward + backward"):
         found = candidates(operation, s, PEERS)
-        ours = 2 if operation == "prefill" else 1  # Triton, and CUDA
+        ours = 2  # Triton, and CUDA
         assert [c.role == "ours" for c in found] == [True] * ours + [False] * (len(found) - ours)
         assert [c.role for c in found].count("fla") == 3 and [c.role for c in found].count("cudnn") == 1
         for name in PEERS:

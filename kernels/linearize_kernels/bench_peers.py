@@ -63,6 +63,7 @@ def _hybrid(label, role, function, operation, s, *, tolerance=5e-3) -> Candidate
 
 
 def _ours(operation: str, s: Shape) -> list[Candidate]:
+    from .cuda_backward import HEAD_DIM
     from .cuda_prefill import SHARED_BYTES, attention_prefill_cuda
     from .prefill import attention_prefill
     from .training import attention_training
@@ -72,8 +73,16 @@ def _ours(operation: str, s: Shape) -> list[Candidate]:
     def ours(label, function):
         return _hybrid(label, "ours", function, operation, s)
 
+    def trains(label, **parts):
+        return ours(f"linearize training{label}", lambda *x: attention_training(*x, **options, **parts))
+
     if operation != "prefill":
-        return [ours("linearize training", lambda *x: attention_training(*x, **options))]
+        found = [trains("", forward="triton", backward="triton")]
+        if s.D in SHARED_BYTES:
+            found.append(trains(", CUDA forward", forward="cuda", backward="triton"))
+        if s.D == HEAD_DIM and _backward(operation):
+            found.append(trains(", CUDA", forward="cuda", backward="cuda"))
+        return found
     found = [ours("linearize prefill", lambda *x: attention_prefill(*x, **options)[0])]
     if s.D in SHARED_BYTES:
         found.append(ours("linearize prefill, CUDA", lambda *x: attention_prefill_cuda(*x, **options)[0]))

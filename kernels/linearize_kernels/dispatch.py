@@ -104,7 +104,8 @@ def can_run(q, k, v, q_far, k_far, gate, **options) -> Verdict:
 
 
 def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
-    """Whether the CUDA kernel can take this call of `attention` (a whole text), with the reason where not.
+    """Whether the CUDA kernel can take this call of `attention` (a whole text; without a state also rows of several),
+    with the reason where not.
 
     The first call of each sort on a device compiles it and compares it with the reference there, which takes seconds.
     """
@@ -116,18 +117,36 @@ def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
     from . import cuda_prefill
     from .self_test import self_test
 
-    if _needs_grad([q, k, v, q_far, k_far, gate]):
-        return Verdict(False, "no gradients in CUDA")
+    needs_grad, prefills = _needs_grad([q, k, v, q_far, k_far, gate, options.get("log_decay")]), _prefills(**options)
+    if needs_grad and prefills:
+        return Verdict(False, "no gradients through a state in CUDA")
+    if not prefills and (needs_grad or options.get("segments") is not None):
+        return can_forward_cuda(q, k, v, q_far, k_far, gate, **options, backward=needs_grad)
     reason = cuda_prefill.why_not(q, k, v, q_far, k_far, gate, **options) or cuda_prefill.why_not_device(
         q.device, q.shape[-1]
     )
     if reason:
         return Verdict(False, reason)
     error, allowed = self_test(
-        q.device, q.dtype, prefill=True, cuda=True, heads=q.shape[1], groups=k.shape[1], far_heads=k.shape[1],
+        q.device, q.dtype, prefill=True, cuda="prefill", heads=q.shape[1], groups=k.shape[1], far_heads=k.shape[1],
         head_dim=q.shape[-1], value_dim=v.shape[-1], map_dim=q_far.shape[-1],
     )  # fmt: skip
     return _compared(error, allowed, q.device)
+
+
+def can_forward_cuda(q, k, v, q_far, k_far, gate, *, backward=True, **options) -> Verdict:
+    """Whether the CUDA kernel can be the forward of `attention_training`, with the reason where not.
+
+    backward: whether gradients are to follow; those by Triton are in the self-test then. The first call of each sort on
+    a device takes seconds.
+    """
+    from . import cuda_prefill
+
+    def why_not_device(device):
+        return cuda_prefill.why_not_device(device, q.shape[-1])
+
+    tensors = q, k, v, q_far, k_far, gate
+    return _can_train_cuda("forward", tensors, options, cuda_prefill.why_not_forward, why_not_device, backward)
 
 
 def can_backward_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
@@ -136,21 +155,25 @@ def can_backward_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
     The first call of each sort on a device compiles them and compares them with the reference there, which takes
     seconds.
     """
-    from . import cuda
-
-    chosen = requested()
-    reason = cuda.why_not(q.device) if chosen in ("auto", "cuda") else f"{chosen} is asked for"
-    if reason:
-        return Verdict(False, reason)
     from . import cuda_backward
+
+    tensors = q, k, v, q_far, k_far, gate
+    return _can_train_cuda("backward", tensors, options, cuda_backward.why_not, cuda_backward.why_not_device)
+
+
+def _can_train_cuda(part: str, tensors, options, why_not, why_not_device, backward=True) -> Verdict:
+    from . import cuda
     from .self_test import self_test
 
-    reason = cuda_backward.why_not(q, k, v, q_far, k_far, gate, **options) or cuda_backward.why_not_device(q.device)
+    (q, k, v, q_far, *_), chosen = tensors, requested()
+    reason = cuda.why_not(q.device) if chosen in ("auto", "cuda") else f"{chosen} is asked for"
+    reason = reason or why_not(*tensors, **options) or why_not_device(q.device)
     if reason:
         return Verdict(False, reason)
     error, allowed = self_test(
-        q.device, q.dtype, prefill=False, cuda=True, heads=q.shape[1], groups=k.shape[1], far_heads=k.shape[1],
-        head_dim=q.shape[-1], value_dim=v.shape[-1], map_dim=q_far.shape[-1],
+        q.device, q.dtype, prefill=False, cuda=part, heads=q.shape[1], groups=k.shape[1], far_heads=k.shape[1],
+        head_dim=q.shape[-1], value_dim=v.shape[-1], map_dim=q_far.shape[-1], backward=backward,
+        masked=options.get("segments") is not None,
     )  # fmt: skip
     return _compared(error, allowed, q.device)
 
@@ -260,15 +283,20 @@ def _triton(*tensors, feature_map, softcap, sink_logits, state, return_state, se
     with torch.cuda.device_of(tensors[0]):
         if not _prefills(state=state, return_state=return_state):
             backward = "triton" if forced else "auto"
-            return attention_training(*tensors, **options, segments=segments, backward=backward), None
+            out = attention_training(*tensors, **options, segments=segments, forward="triton", backward=backward)
+            return out, None
         out, state = attention_prefill(*tensors, **options, state=state)
         return out, state if return_state else None
 
 
-def _cuda(*tensors, scaling, window, sinks, return_state, **_):
+def _cuda(*tensors, scaling, window, sinks, return_state, segments, **_):
     from .cuda_prefill import attention_prefill_cuda
+    from .training import attention_training
 
     with torch.cuda.device_of(tensors[0]):
+        if _needs_grad(tensors) or segments is not None:
+            options = dict(scaling=scaling, window=window, sinks=sinks, segments=segments)
+            return attention_training(*tensors, **options, forward="cuda"), None
         return attention_prefill_cuda(
             *tensors, scaling=scaling, window=window, sinks=sinks, return_state=return_state
         )

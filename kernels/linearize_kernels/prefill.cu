@@ -1,7 +1,7 @@
 // Prefill of hybrid attention, forward: bfloat16, head and value dim 64 or 128, map dim 16, window 64, up to 16 sinks,
 // one text a row from its first token. The function is reference.py's; the launcher is cuda_prefill.py.
 //
-// A block walks one head (or a segment of it) in chunks of 64 tokens, c = 0, 1, … As a chunk is as long as the window,
+// A block walks one head (or a segment of it, or one text of a row after the other) in chunks of 64 tokens, c = 0, 1, … As a chunk is as long as the window,
 // a query at place r of chunk c sees:
 //     exactly             chunk c up to place r, chunk c - 1 from place r + 1 on, and the sinks;
 //     by T(x), by pairs   chunk c - 1 up to place r;
@@ -24,36 +24,61 @@
 #include "prefill_sum.cuh"
 #include "prefill_attend.cuh"
 
+// Rows of head h of row b, from token `from` on.
+__device__ __forceinline__ Rows rows_of(const bf16* x, long long b, int x_b, int h, int x_h, int from, int x_t) {
+    return {x + b * x_b + (long long)h * x_h + (long long)from * x_t, x_t};
+}
+
 // Grid (B · H, segments), 256 or 512 threads. Strides in elements: of batch, head, token. A segment is `span` chunks of
-// 64. total [B, G, 153, V + 1] float32: State.total after all tokens. sums [B · G, (segments - 1) · parts, SUM_FLOATS +
+// 64. total [B, G, 153, V + 1] float32: State.total after all tokens. TRAINING, instead of it: rest, with out's strides,
+// is what out lost when it was rounded, lse [B, H, T] float32 the base-2 log of each denominator. sums [B · G, (segments - 1) · parts, SUM_FLOATS +
 // GRAM_FLOATS] of prefill_sums_kernel, each of span / parts chunks.
+// DOCUMENTS: a row is several texts side by side; ends [B, T] is the last token of each token's text. A block then takes,
+// one after the other, those that begin in its segment of the row; span, parts and sums say nothing.
 extern "C" __global__ void __launch_bounds__(ATTENDERS + KEEPERS, BLOCKS) prefill_kernel(
     const bf16* q, const bf16* k, const bf16* v, const bf16* q_far, const bf16* k_far, const float* gate, bf16* out,
-    float* total, const float* sums, int q_b, int q_h, int q_t, int k_b, int k_h, int k_t, int v_b, int v_h, int v_t,
-    int qf_b, int qf_h, int qf_t, int kf_b, int kf_h, int kf_t, int g_b, int g_h, int g_t, int o_b, int o_h, int o_t,
+    bf16* rest, float* lse, float* total, const float* sums, const int* ends, int q_b, int q_h, int q_t, int k_b,
+    int k_h, int k_t, int v_b, int v_h, int v_t, int qf_b, int qf_h, int qf_t, int kf_b, int kf_h, int kf_t, int g_b, int g_h, int g_t, int o_b, int o_h, int o_t,
     int length, int heads, int group, int sinks, int span, int parts, float scale) {
     DYNAMIC_SHARED(shared);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, segment = blockIdx.y, segments = gridDim.y;
     long long b = blockIdx.x / heads;
     int h = blockIdx.x % heads, kv = h / group, chunks = (length + CHUNK - 1) / CHUNK;
     int first = segment * span, last = min(first + span, chunks) - 1;
-    if (warp < ATTENDERS / 32) {
-        // The last rows have the most work: not always on one scheduler. Blocks of one multiprocessor are 132 apart.
-        int block = (blockIdx.x / 132 + warp / 4) & 1 ? 3 - warp % 4 : warp % 4;
-        attend(shared, {q + b * q_b + (long long)h * q_h, q_t}, {q_far + b * qf_b + (long long)h * qf_h, qf_t},
-               gate + b * g_b + (long long)h * g_h, g_t, out + b * o_b + (long long)h * o_h, o_t, first, last, length,
-               sinks, scale, block, warp / 4, lane);
-        if (segment == segments - 1 && h % group == 0)
-            for (int i = 0; i < FINAL_MEETINGS; i++) meet();
-    } else {
-        long long row = b * (heads / group) + kv;
-        bool writes = segment == segments - 1 && h % group == 0;
-        keep_sum(shared, {k + b * k_b + (long long)kv * k_h, k_t}, {v + b * v_b + (long long)kv * v_h, v_t},
-                 {k_far + b * kf_b + (long long)kv * kf_h, kf_t},
-                 sums + row * (segments - 1) * parts * (SUM_FLOATS + GRAM_FLOATS), segment * parts,
-                 writes ? total + row * NUM_FEATURES * (HEAD_DIM + 1) : nullptr, first, last, length, sinks,
-                 warp - ATTENDERS / 32, lane);
+    bool writes = !TRAINING && segment == segments - 1 && h % group == 0;
+    int from = 0, limit = 0;  // where this text begins; the last one of this block begins before `limit`
+    if (DOCUMENTS) {
+        ends += b * length;
+        from = (long long)segment * length / segments, limit = (long long)(segment + 1) * length / segments;
+        if (from > 0) from = ends[from - 1] + 1;
     }
+    do {
+        int size = length;
+        if (DOCUMENTS) {
+            if (from >= limit) return;
+            size = ends[from] + 1 - from, first = 0, last = (size - 1) / CHUNK;
+        }
+        if (warp < ATTENDERS / 32) {
+            // The last rows have the most work: not always on one scheduler. Blocks of one multiprocessor are 132 apart.
+            int block = (blockIdx.x / 132 + warp / 4) & 1 ? 3 - warp % 4 : warp % 4;
+            long long at = b * o_b + (long long)h * o_h + (long long)from * o_t;
+            attend(shared, rows_of(q, b, q_b, h, q_h, from, q_t), rows_of(q_far, b, qf_b, h, qf_h, from, qf_t),
+                   gate + b * g_b + (long long)h * g_h + (long long)from * g_t, g_t,
+                   {out + at, rest + at, lse + (long long)blockIdx.x * length + from, o_t}, first, last, size, sinks,
+                   scale, block, warp / 4, lane);
+            if (writes)
+                for (int i = 0; i < FINAL_MEETINGS; i++) meet();
+        } else {
+            long long row = b * (heads / group) + kv;
+            keep_sum(shared, rows_of(k, b, k_b, kv, k_h, from, k_t), rows_of(v, b, v_b, kv, v_h, from, v_t),
+                     rows_of(k_far, b, kf_b, kv, kf_h, from, kf_t),
+                     sums + row * (segments - 1) * parts * (SUM_FLOATS + GRAM_FLOATS), DOCUMENTS ? 0 : segment * parts,
+                     writes ? total + row * NUM_FEATURES * (HEAD_DIM + 1) : nullptr, first, last, size, sinks,
+                     warp - ATTENDERS / 32, lane);
+        }
+        if (DOCUMENTS) meet();
+        from += size;
+    } while (DOCUMENTS);
 }
 
 // What each `span` chunks add to the sums that segments start with: those one before a segment's, as a segment starts

@@ -196,35 +196,62 @@ __device__ __forceinline__ void add_values(float (&acc)[8][4], const unsigned (&
     }
 }
 
-// Rows of out, through shared memory, so that a row is one run of 128 bytes.
-__device__ __forceinline__ void store_rows(bf16* out, int stride, unsigned char* staged, const float (&acc)[8][4],
-                                           const float (&total)[2], int token, int length, int lane) {
+// Where one head's results go. rest and lse: see prefill_kernel.
+struct Results {
+    bf16 *out, *rest;
+    float* lse;
+    int stride;
+};
+
+// Rows of out and rest, through shared memory, so that a row is one run of 128 bytes.
+__device__ __forceinline__ void store_rows(const Results& to, int column, unsigned char* staged,
+                                           const float (&acc)[8][4], const float (&total)[2], int token, int length,
+                                           int lane) {
     int g = lane >> 2, t = lane & 3;
     float inverse[2] = {reciprocal(total[0]), reciprocal(total[1])};
 #pragma unroll
-    for (int n = 0; n < 8; n++)
+    for (int lost = 0; lost <= TRAINING; lost++) {
+        if (lost) __syncwarp();
 #pragma unroll
-        for (int r = 0; r < 2; r++)
-            *reinterpret_cast<unsigned*>(staged + (tile_place(g + 8 * r, 0) ^ (n << 4)) + 4 * t) =
-                pack_bf16(acc[n][2 * r] * inverse[r], acc[n][2 * r + 1] * inverse[r]);
-    __syncwarp();
+        for (int n = 0; n < 8; n++)
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        int row = 4 * i + lane / 8, piece = lane % 8;
-        if (token + row < length)
-            *reinterpret_cast<uint4*>(out + (long long)(token + row) * stride + piece * 8) =
-                *reinterpret_cast<const uint4*>(staged + tile_place(row, piece));
+            for (int r = 0; r < 2; r++) {
+                float low = acc[n][2 * r] * inverse[r], high = acc[n][2 * r + 1] * inverse[r];
+                unsigned pair = pack_bf16(low, high);
+                if (lost) pair = pack_bf16(low - low_float(pair), high - high_float(pair));
+                *reinterpret_cast<unsigned*>(staged + (tile_place(g + 8 * r, 0) ^ (n << 4)) + 4 * t) = pair;
+            }
+        __syncwarp();
+        bf16* rows = (lost ? to.rest : to.out) + column;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int row = 4 * i + lane / 8, piece = lane % 8;
+            if (token + row < length)
+                *reinterpret_cast<uint4*>(rows + (long long)(token + row) * to.stride + piece * 8) =
+                    *reinterpret_cast<const uint4*>(staged + tile_place(row, piece));
+        }
+    }
+}
+
+// Base-2 logs of the denominators of rows g and g + 8; one lane of four.
+__device__ __forceinline__ void store_lse(float* lse, const float (&shift)[2], const float (&total)[2], int token,
+                                          int length, int lane) {
+    if (lane & 3) return;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int query = token + (lane >> 2) + 8 * r;
+        if (query < length) lse[query] = shift[r] + log2_fast(total[r]);
     }
 }
 
 // All weights of 16 rows but those through S: scales acc by the gate's weight, then adds the rest; total likewise.
-// far_tile: mapped keys of chunk c - 1.
-__device__ __forceinline__ void attend_pairs(float (&acc)[8][4], float (&total)[2], Scores (&scores)[5], Scores& sink,
-                                             const unsigned (&q_far)[4], const float (&gate)[2],
-                                             const unsigned char* shared, const unsigned char* far_tile,
-                                             const Tiles& tiles, int before,
+// All are times 2^-shift. far_tile: mapped keys of chunk c - 1.
+__device__ __forceinline__ void attend_pairs(float (&acc)[8][4], float (&total)[2], float (&shift)[2],
+                                             Scores (&scores)[5], Scores& sink, const unsigned (&q_far)[4],
+                                             const float (&gate)[2], const unsigned char* shared,
+                                             const unsigned char* far_tile, const Tiles& tiles, int before,
                                              int first_key, int block, int half, float scale, int lane) {
-    float shift[2], far_weight[2];
+    float far_weight[2];
     find_shift(shift, scores, sink, gate, scale);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -266,7 +293,7 @@ __device__ __forceinline__ void attend_pairs(float (&acc)[8][4], float (&total)[
 
 // The role of half the warps: rows 16 block … of every chunk, columns 64 half … of the values.
 __device__ __forceinline__ void attend(unsigned char* shared, Rows q, Rows q_far, const float* gate, int gate_stride,
-                                       bf16* out, int out_stride, int first, int last, int length, int sinks,
+                                       const Results& results, int first, int last, int length, int sinks,
                                        float scale, int block, int half, int lane) {
     int row = 16 * block, g = lane >> 2, t = lane & 3;
     unsigned char* far_rows = shared + Q_FAR_AT + (CHUNK * half + row) * Q_FAR_ROW;
@@ -284,7 +311,7 @@ __device__ __forceinline__ void attend(unsigned char* shared, Rows q, Rows q_far
 #pragma unroll 1
     for (int c = first; c <= last; c++) {
         int token = c * CHUNK + row;
-        float acc[8][4] = {}, total[2] = {}, far_gate[2];
+        float acc[8][4] = {}, total[2] = {}, shift[2], far_gate[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int query = token + g + 8 * r;
@@ -310,14 +337,15 @@ __device__ __forceinline__ void attend(unsigned char* shared, Rows q, Rows q_far
         if (HALVES == 1 && c < last) load_queries(c + 1);
         meet();  // B; q kᵀ before it is faster
         mask_scores(scores, sink, c, block, sinks, lane);
-        attend_pairs(acc, total, scores, sink, x, far_gate, shared, shared + K_FAR_AT + before * FAR_TILE, tiles,
-                     before, sinks - (c - 1) * CHUNK, block, half, scale, lane);
+        attend_pairs(acc, total, shift, scores, sink, x, far_gate, shared, shared + K_FAR_AT + before * FAR_TILE,
+                     tiles, before, sinks - (c - 1) * CHUNK, block, half, scale, lane);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             total[r] += __shfl_xor_sync(ALL_LANES, total[r], 1);
             total[r] += __shfl_xor_sync(ALL_LANES, total[r], 2);
         }
-        store_rows(out + 64 * half, out_stride, staged, acc, total, token, length, lane);
+        store_rows(results, 64 * half, staged, acc, total, token, length, lane);
+        if (TRAINING && half == 0) store_lse(results.lse, shift, total, token, length, lane);
         before = next_in_ring(before);
     }
 }

@@ -7,6 +7,12 @@
 #ifndef SINKS
 #define SINKS 8  // places for sinks: 0, 8 or 16
 #endif
+#ifndef TRAINING
+#define TRAINING 0  // 1: what the backward needs is written too
+#endif
+#ifndef DOCUMENTS
+#define DOCUMENTS 0  // 1: several texts in a row
+#endif
 #define BLOCKS (128 / HEAD_DIM)  // blocks that share a multiprocessor
 
 constexpr int CHUNK = 64, HALVES = HEAD_DIM / 64, MAP = 16, STEPS = 10, NUM_FEATURES = 153;

@@ -24,6 +24,7 @@ inline unsigned multiply_bf16(unsigned x, unsigned y) {
 }
 
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float log2_fast(float x) { return log2f(x); }
 inline float reciprocal(float x) { return 1 / x; }
 
 inline void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
@@ -102,6 +103,12 @@ __device__ __forceinline__ unsigned multiply_bf16(unsigned x, unsigned y) {
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

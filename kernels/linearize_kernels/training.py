@@ -20,7 +20,8 @@ import triton
 from . import forward_kernels, gradient_kernels
 from .configs import Tiles, config_for, padded, precision
 from .cuda_backward import attention_backward_cuda
-from .dispatch import can_backward_cuda
+from .cuda_prefill import attention_forward_cuda, attention_prefill_cuda
+from .dispatch import can_backward_cuda, can_forward_cuda
 from .picks import make_picks
 from .plan import Plan, plain_plan, plan_rows
 from .sums import Sums, key_sums, no_sums, query_sums
@@ -31,18 +32,19 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def attention_training(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, valid=None, segments=None,
-                       log_decay=None, config=None, backward="auto"):  # fmt: skip
+                       log_decay=None, config=None, forward="auto", backward="auto"):  # fmt: skip
     """Hybrid attention with the Taylor map: arguments as `attention_quadratic`. Returns out [B, H, T, V] of
     q's dtype.
 
     q, k, v of one dtype, float32 or bfloat16; the others of any. Differentiable once in q, k, v, q_far,
     k_far, gate and log_decay. valid and segments as in the reference, the slots of a segment side by side.
-    config: one of CONFIGS' values, for measurements. backward: "triton" or "cuda" finds the gradients; "auto": CUDA
-    where `can_backward_cuda` agrees.
+    config: one of CONFIGS' values, for measurements. forward, backward: "triton" or "cuda" does it; "auto": CUDA where
+    `can_forward_cuda` and `can_backward_cuda` agree.
     """
     config = config or config_for(q.dtype, max(q.shape[-1], v.shape[-1]))
     return _Attention.apply(
-        q, k, v, q_far, k_far, gate, log_decay, valid, segments, scaling, window, sinks, config, backward
+        q, k, v, q_far, k_far, gate, log_decay, valid, segments, scaling, window, sinks, config, forward,
+        backward,
     )
 
 
@@ -125,36 +127,47 @@ def launch_forward(q, k, v, q_far, k_far, gate, log_decay, plan: Plan, sums: Sum
     return out, rest, lse
 
 
+def _forward_cuda(*tensors, plan: Plan, keep, **numbers):
+    """(out, rest, log denominators) in CUDA; the last two may be None unless they are to be kept."""
+    if keep or not plan.plain:
+        return attention_forward_cuda(*tensors, **numbers, ends=None if plan.plain else plan.last)
+    return attention_prefill_cuda(*tensors, **numbers, return_state=False)[0], None, None
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, q_far, k_far, gate, log_decay, valid, segments, scaling, window, sinks, config,
-                backward):  # fmt: skip
+                forward, backward):  # fmt: skip
         far_dtypes = q_far.dtype, k_far.dtype
         q, k, v, q_far, k_far = (row_major(x.to(q.dtype)) for x in (q, k, v, q_far, k_far))
         decay = None if log_decay is None else log_decay.detach().float().contiguous()
         length, differentiable = q.shape[2], any(ctx.needs_input_grad)
+        tensors, numbers = (q, k, v, q_far, k_far, gate), dict(scaling=scaling, window=window, sinks=sinks)
+        options = dict(**numbers, valid=valid, segments=segments, log_decay=decay)
+        if forward == "auto":
+            forward = "cuda" if can_forward_cuda(*tensors, **options, backward=differentiable) else "triton"
         if backward == "auto" and differentiable:
-            options = dict(scaling=scaling, window=window, sinks=sinks, valid=valid, segments=segments)
-            verdict = can_backward_cuda(q, k, v, q_far, k_far, gate, **options, log_decay=decay)
-            backward = "cuda" if verdict else "triton"
+            backward = "cuda" if can_backward_cuda(*tensors, **options) else "triton"
         if valid is None and segments is None:
             plan = plain_plan(q.device)
         else:
             plan = plan_rows(length, valid, segments, window=window, sinks=sinks)
         chunked = length > window + config.chunk and not (differentiable and decay is not None)
         sums = no_sums(q.device)
-        if chunked:
-            sums, _ = key_sums(k_far, v, plan, config, sinks=sinks, log_decay=decay)
-        keep_rest = q.dtype != torch.float32 and differentiable
-        out, rest, lse = launch_forward(
-            q, k, v, q_far, k_far, gate, decay, plan, sums, scaling=scaling, window=window, sinks=sinks,
-            tiles=config.forward, keep_rest=keep_rest,
-        )  # fmt: skip
+        if forward == "cuda":
+            out, rest, lse = _forward_cuda(*tensors, **numbers, plan=plan, keep=differentiable)
+        else:
+            if chunked:
+                sums, _ = key_sums(k_far, v, plan, config, sinks=sinks, log_decay=decay)
+            keep_rest = q.dtype != torch.float32 and differentiable
+            out, rest, lse = launch_forward(
+                *tensors, decay, plan, sums, **numbers, tiles=config.forward, keep_rest=keep_rest
+            )
         if backward == "cuda":
             sums = no_sums(q.device)
         ctx.save_for_backward(q, k, v, q_far, k_far, gate, decay, out, rest, lse, *plan[1:], *sums.arguments())
         ctx.settings = (plan.plain, sums[4:], scaling, window, sinks, config, far_dtypes)
-        ctx.in_cuda = backward == "cuda"
+        ctx.in_cuda, ctx.lacks_sums = backward == "cuda", chunked and not sums.chunk
         return out
 
     @staticmethod
@@ -167,13 +180,17 @@ class _Attention(torch.autograd.Function):
                 q, k, v, q_far, k_far, gate, out, rest, lse, grad, scaling=scaling, window=window, sinks=sinks,
                 dtypes=far_dtypes,
             )  # fmt: skip
-            return *gradients, dgate.to(gate.dtype), *[None] * 8
+            return *gradients, dgate.to(gate.dtype), *[None] * 9
         plan, sums, grad = Plan(plain, *saved[:7]), Sums(*saved[7:], *sum_settings), row_major(grad)
+        if ctx.lacks_sums:  # made here they take no memory between forward and backward
+            sums, _ = key_sums(k_far, v, plan, config, sinks=sinks)
         length, rates = q.shape[2], gate if decay is None else decay
         delta, weight, dgate = (torch.empty_like(lse) for _ in range(3))
         ddecay = delta if decay is None else torch.empty_like(lse)
         dq, dk, dv = (_like(x, x.shape) for x in (q, k, v))
-        dq_far, dk_far = _like(q_far, q_far.shape, far_dtypes[0]), _like(k_far, k_far.shape, torch.float32)
+        parked = k_far.shape[1] > k.shape[1]  # dk_far is then added to in memory
+        dq_far = _like(q_far, q_far.shape, far_dtypes[0])
+        dk_far = _like(k_far, k_far.shape, torch.float32 if parked else far_dtypes[1])
         scale, heads = scaling * math.log2(math.e), _heads(q, k, k_far)
         picks = make_picks(q_far.shape[-1], q.dtype, q.device)
 
@@ -205,7 +222,7 @@ class _Attention(torch.autograd.Function):
             per_head = ddecay.sum((0, 2))  # [H]
             ddecay = per_head.unflatten(0, (k_far.shape[1], -1)).sum(1)
         gradients = dq, dk, dv, dq_far, dk_far.to(far_dtypes[1]), dgate.to(gate.dtype), ddecay
-        return *gradients, *[None] * 7
+        return *gradients, *[None] * 8
 
 
 def _put_sink_gradients(dk, dv, q, k, v, grad, lse, delta, *, sinks, scale, scaling):
