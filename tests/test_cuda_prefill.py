@@ -31,11 +31,14 @@ CASES = {
 
 
 def make(length=90, batch=1, heads=1, groups=1, size=64, sinks=4, large=1.0, gate=None, extra=0, device="cpu", seed=0):
-    """Random inputs in a model's layout: heads side by side in memory, `extra` more numbers between them."""
-    generator = torch.Generator(device).manual_seed(seed)
+    """Random inputs in a model's layout: heads side by side in memory, `extra` more numbers between them.
+
+    The same numbers on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
 
     def draw(count, size):
-        x = torch.randn(batch, length, count, size + extra, generator=generator, device=device).bfloat16()
+        x = torch.randn(batch, length, count, size + extra, generator=generator).to(device, torch.bfloat16)
         return x[..., :size].transpose(1, 2)
 
     inputs = dict(

@@ -292,7 +292,7 @@ def key_gradient_kernel(
         far_head = h // far_group
         x_k = load_tile(k_far + b * kf_b + far_head * kf_h, kf_t, start, length, BN, F, FP)
         if far_group < group:
-            acc_far = load_tile(dk_far + b * dkf_b + far_head * dkf_h, dkf_t, start, length, BN, F, FP)
+            acc_far = load_tile(dk_far + b * dkf_b + far_head * dkf_h, dkf_t, start, length, BN, F, FP).to(tl.float32)
         rate = 0.0
         if DECAY:
             rate = tl.load(log_decay + far_head) * 1.4426950408889634
