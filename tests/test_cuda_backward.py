@@ -21,7 +21,8 @@ CASES = {
     "groups": {"length": 200, "heads": 4},
     "8 heads, 2 groups": {"length": 130, "heads": 8, "groups": 2, "batch": 2},
     "16 sinks": {"length": 200, "sinks": 16},
-    "logits to 60": {"length": 200, "large": 4.0, "heads": 4, "groups": 4},  # few queries weigh far keys: many heads
+    # So large, few queries weigh far keys at all, and one alone may have a dgate that is a difference of near equals.
+    "logits to 60": {"length": 200, "large": 4.0, "heads": 16, "groups": 16},
     "large gates": {"length": 260, "gate": 10.0},
     "small gates": {"length": 200, "gate": -10.0},
     "no far term": {"length": 200, "gate": -torch.inf},
