@@ -11,7 +11,7 @@ import torch
 from .instances import swapped
 from .modeling_linearized import LinearizedAttentionMixin, attention_modules
 
-PAYS_FROM = 5_000_000  # tokens of a stage on a GPU, an estimate: compiling takes as long whatever the stage
+PAYS_FROM = 5_000_000  # tokens of a stage: compiling takes half a minute, whatever the stage
 
 
 def pays(device: torch.device, tokens: int) -> bool:

@@ -30,7 +30,7 @@ from .state import TOKENS_AT_ONCE, State, read
 
 WAIT = timedelta(days=30)  # of a process for the others, whose rows may be longer
 MAX_BATCH = {"cpu": 32, "cuda": 1024}
-COMPILED_FROM = 15_000  # steps: torch.compile takes half a minute and saves 2 ms a step, for 32 layers
+COMPILED_FROM = 15_000  # steps: compiling 32 layers takes 40 s and saves 2 to 3 ms a step
 LEAST_SHARED = 64  # tokens that prompts must share for these to be read apart
 
 

@@ -38,7 +38,7 @@ class FeatureMapSettings(Section):
         help="taylor: 1 + x + x^2/2; hedgehog: softmax; none: window and sinks alone; equal_window: the baseline, none "
         "with the window widened to the bytes that taylor would take",
     )
-    dim: int = setting(16, help="width of the map; a Taylor state grows with its square", minimum=1)
+    dim: int = setting(4, help="width of the map; a Taylor state grows with its square", minimum=1)
     per: Literal["kv_head", "query_head"] = setting(
         "kv_head", help="keys' maps shared by a kv head's queries, or one a query head (a larger state)"
     )
@@ -73,7 +73,7 @@ class KeepSoftmaxSettings(Section):
 class AttentionSettings(Section):
     """What replaces softmax attention."""
 
-    window: int = setting(64, help="newest tokens with exact softmax attention", minimum=1)
+    window: int = setting(192, help="newest tokens with exact softmax attention", minimum=1)
     sinks: int = setting(4, help="first tokens of a text that stay exact", minimum=0)
     feature_map: FeatureMapSettings = field(default_factory=FeatureMapSettings)
     decay: bool = setting(False, help="a learned decay per head of the older tokens")

@@ -62,7 +62,7 @@ def test_schema_is_what_is_documented():
 def test_defaults():
     recipe = read()
     assert recipe == read(to_yaml(recipe))
-    assert (recipe.attention.window, recipe.attention.sinks, recipe.attention.feature_map.dim) == (64, 4, 16)
+    assert (recipe.attention.window, recipe.attention.sinks, recipe.attention.feature_map.dim) == (192, 4, 4)
     assert (recipe.match.tokens, recipe.match.batch_tokens, recipe.match.lr) == (2_000_000, 16_000, 1e-2)
     assert (recipe.finetune.lr, recipe.finetune.maps_lr, recipe.finetune.loss.ce) == (2e-4, 1e-3, 1.0)
     assert recipe.finetune.lora.targets == ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -136,8 +136,8 @@ def test_impossible_values_are_refused_by_name(override):
         (["finetune.loss.ce=0"], "finetune.loss.ce: must not be 0 together with kl"),
         (["match.tokens=100"], "match.tokens: 100 is less than a step of batch_tokens (16000); 0 skips"),
         (["attention.feature_map.name=none"], "attention.feature_map.name: none leaves nothing to calibrate or match"),
-        (["data.sequence_length=68"], "attention.window: with sinks it covers 68 tokens, all of"),
-        (["evaluate.sequence_length=68"], "evaluate.sequence_length: must be more than attention.window"),
+        (["data.sequence_length=196"], "attention.window: with sinks it covers 196 tokens, all of"),
+        (["evaluate.sequence_length=196"], "evaluate.sequence_length: must be more than attention.window"),
         (["match.batch_tokens=1023"], "match.batch_tokens: 1023 must be at least one forward pass"),
         (
             ["run.micro_batch=16", "match.tokens=0"],
@@ -154,11 +154,11 @@ def test_settings_that_do_not_go_together(overrides, start):
 
 
 def test_no_check_about_what_is_skipped():
-    # 69 is just enough; calibration alone needs far tokens too
-    read("", ["data.sequence_length=69", "evaluate.sequence_length=69", "match.batch_tokens=69"])
-    skipped = ["match.tokens=0", "finetune.tokens=0", "calibrate.sequences=0", "data.sequence_length=68"]
-    read("", [*skipped, "match.batch_tokens=1", "evaluate.sequences=0", "evaluate.sequence_length=68"])
-    assert len(problems(*skipped[:2], "data.sequence_length=68")) == 1
+    # 197 is just enough; calibration alone needs far tokens too
+    read("", ["data.sequence_length=197", "evaluate.sequence_length=197", "match.batch_tokens=197"])
+    skipped = ["match.tokens=0", "finetune.tokens=0", "calibrate.sequences=0", "data.sequence_length=196"]
+    read("", [*skipped, "match.batch_tokens=1", "evaluate.sequences=0", "evaluate.sequence_length=196"])
+    assert len(problems(*skipped[:2], "data.sequence_length=196")) == 1
 
 
 def test_every_problem_of_a_bad_recipe_in_one_message():

@@ -8,7 +8,7 @@ import math
 import torch
 
 from . import cuda
-from .cuda_prefill import _aligned, _strides
+from .cuda_prefill import aligned, strides
 from .cuda_prefill import why_not as why_not_prefill
 
 HEAD_DIM = 64
@@ -28,7 +28,7 @@ def attention_backward_cuda(q, k, v, q_far, k_far, gate, out, rest, lse, grad, *
     batch, heads, length, size = q.shape
     groups = k.shape[1]
     group, dtypes = heads // groups, dtypes or (q_far.dtype, k_far.dtype)
-    q, k, v, mapped_q, mapped_k, grad = (_aligned(x.to(q.dtype)) for x in (q, k, v, q_far, k_far, grad))
+    q, k, v, mapped_q, mapped_k, grad = (aligned(x.to(q.dtype)) for x in (q, k, v, q_far, k_far, grad))
     out, rest = _alike(out, rest)
     delta, weight, dgate = (torch.empty_like(lse) for _ in range(3))
     sizes, numbers = (length, heads, group, sinks), (scaling * math.log2(math.e), scaling)
@@ -41,13 +41,13 @@ def attention_backward_cuda(q, k, v, q_far, k_far, gate, out, rest, lse, grad, *
     dq, dq_far = _like(q, heads), _like(mapped_q, heads, dtypes[0])
     kernel("query_gradient_kernel", dtypes[0])(
         (batch * heads, 1, 1), (256, 1, 1), q, k, v, mapped_q, mapped_k, gate := gate.float(), out, rest, grad, lse,
-        delta, weight, dq, dq_far, dgate, *_strides(q, k, v, mapped_q, mapped_k, gate, out, grad, dq, dq_far),
+        delta, weight, dq, dq_far, dgate, *strides(q, k, v, mapped_q, mapped_k, gate, out, grad, dq, dq_far),
         *sizes, *numbers,
     )  # fmt: skip
     dk, dv, dk_far = _like(k, heads), _like(v, heads), _like(mapped_k, heads, dtypes[1])
     kernel("key_gradient_kernel", dtypes[1])(
         (batch * heads, 1, 1), (256, 1, 1), q, k, v, mapped_q, mapped_k, grad, lse, delta, weight, dk, dv, dk_far,
-        *_strides(q, k, v, mapped_q, mapped_k, grad, dk, dv, dk_far), *sizes, *numbers,
+        *strides(q, k, v, mapped_q, mapped_k, grad, dk, dv, dk_far), *sizes, *numbers,
     )  # fmt: skip
     dk, dv, dk_far = (_add_heads(x, group) for x in (dk, dv, dk_far))
     if sinks:
@@ -55,7 +55,7 @@ def attention_backward_cuda(q, k, v, q_far, k_far, gate, out, rest, lse, grad, *
         sink_k, sink_v = (q.new_empty(parts, batch, groups, group, 16, size, dtype=torch.float32) for _ in range(2))
         kernel("sink_gradient_kernel")(
             (batch * heads, parts, 1), (128, 1, 1), q, k, v, grad, lse, delta, sink_k, sink_v,
-            *_strides(q, k, v, grad), *sizes, SINK_SPAN, *numbers,
+            *strides(q, k, v, grad), *sizes, SINK_SPAN, *numbers,
         )  # fmt: skip
         for to, summed in ((dk, sink_k), (dv, sink_v)):
             to[:, :, :sinks] = summed.sum((0, 3))[:, :, : min(sinks, length)]
@@ -92,7 +92,7 @@ def _like(x, heads: int, dtype=None):
 
 def _alike(out, rest):
     """Both with the same strides, in whole pieces of 16 bytes."""
-    out, rest = _aligned(out), _aligned(rest)
+    out, rest = aligned(out), aligned(rest)
     return (out, rest) if out.stride() == rest.stride() else (out.contiguous(), rest.contiguous())
 
 

@@ -54,7 +54,7 @@ def _launch(q, k, v, q_far, k_far, gate, *, scaling, sinks, segments, parts, tot
     """Runs the kernels; returns out, and k and v as they took them."""
     batch, heads, length, size = q.shape
     groups, chunks = k.shape[1], -(-length // CHUNK)
-    q, k, v, q_far, mapped = (_aligned(x.to(q.dtype)) for x in (q, k, v, q_far, k_far))
+    q, k, v, q_far, mapped = (aligned(x.to(q.dtype)) for x in (q, k, v, q_far, k_far))
     gate = gate.float()
     if segments is None:
         segments = choose_segments(batch * heads, chunks, size, q.device) if ends is None else -(-chunks // SHORTEST)
@@ -67,12 +67,12 @@ def _launch(q, k, v, q_far, k_far, gate, *, scaling, sinks, segments, parts, tot
         number = (segments - 1) * parts
         sums = q.new_empty(batch * groups, number, 160 * size + 272, dtype=torch.float32)
         _kernel("prefill_sums_kernel", size, sinks)(
-            (batch * groups, number, 1), (2 * size, 1, 1), v, mapped, sums, *_strides(v, mapped),
+            (batch * groups, number, 1), (2 * size, 1, 1), v, mapped, sums, *strides(v, mapped),
             length, groups, sinks, span // parts,
         )  # fmt: skip
     _kernel("prefill_kernel", size, sinks, TRAINING=int(lse is not None), DOCUMENTS=int(ends is not None))(
         (batch * heads, segments, 1), (4 * size, 1, 1), q, k, v, q_far, mapped, gate, out, rest, lse, total,
-        sums, ends,        *_strides(q, k, v, q_far, mapped, gate, out),
+        sums, ends, *strides(q, k, v, q_far, mapped, gate, out),
         length, heads, heads // groups, sinks, span, parts, scaling * math.log2(math.e),
     )  # fmt: skip
     return out, k, v
@@ -140,13 +140,13 @@ def _kernel(name: str, head_dim: int, sinks: int, **more):
     return cuda.kernel("prefill.cu", name, defines, SHARED_BYTES[head_dim])
 
 
-def _aligned(x):
+def aligned(x):
     """x with rows in one piece that begin on 16 bytes, as asynchronous copies need them."""
     fine = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
     return x if fine else x.contiguous()
 
 
-def _strides(*tensors):
+def strides(*tensors):
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
