@@ -121,6 +121,10 @@ CASES = {  # in the emulator each is a compilation of a second
         "splits": 2, "launch": Launch(),
     },  # fmt: skip
     "gate above all, nothing far": {"prompt": 2, "tokens": 4, "far_gate": 300.0},
+    "window and map dim of the recipes": {
+        "window": 192, "map_dim": 4, "prompt": 210, "tokens": FOLD + 6, "batch": 1, "head_dim": 64, "dtype": BF16,
+        "far_dtype": BF16,
+    },  # fmt: skip
 }
 
 
@@ -256,7 +260,7 @@ GPU_CASES = {
     "many folds": {"tokens": 300, "window": 16, "batch": 1},
     "large batch": {"batch": 300, "tokens": 40},
     **{f"head dim {x}": {"head_dim": x} for x in (16, 64, 80, 96, 112, 128)},
-    **{f"map dim {x}": {"map_dim": x} for x in (8, 24, 32)},
+    **{f"map dim {x}": {"map_dim": x} for x in (4, 8, 24, 32)},
     "head and map dim 8": {"head_dim": 8, "map_dim": 8, "window": 16, "decay": True},
     **{f"{h} heads, {g} groups": {"heads": h, "groups": g} for h, g in ((3, 3), (9, 3), (16, 2), (16, 1), (10, 2))},
     **{f"window {w}": {"window": w, "prompt": w + 30} for w in (2, 16, 128, 256)},

@@ -82,7 +82,7 @@ GPU_CASES = {
     "common": {},
     "many folds": {"tokens": 300, "window": 16, "batch": 1},
     **{f"head dim {x}": {"head_dim": x} for x in (80, 96, 128)},
-    **{f"map dim {x}": {"map_dim": x} for x in (8, 24, 32)},
+    **{f"map dim {x}": {"map_dim": x} for x in (4, 8, 24, 32)},
     **{f"{h} heads, {g} groups": {"heads": h, "groups": g} for h, g in ((3, 3), (9, 3), (16, 2))},
     **{f"window {w}": {"window": w, "prompt": w + 30} for w in (16, 128, 256)},
     **{f"{n} splits": {"splits": n, "head_dim": 128} for n in (1, 2, 8)},
