@@ -8,6 +8,7 @@ to Triton's own representation, which finds what does not fit in types and shape
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from linearize_kernels.training import attention_training  # noqa: E402
 HOME = Path(linearize_kernels.__file__).parent
 PROGRAM = Path(__file__).with_name("lower_kernels.py")
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+LAUNCH = re.compile(r"(\w+)\[\(.*\)\]\($", re.MULTILINE)
 TYPES = {**DTYPES, torch.int8: "i8", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 
 # Texts by what sets them apart; what is not said is as in `draw`. chunks: so many of the dtype, beyond the window.
@@ -172,6 +174,8 @@ def record_kernels(monkeypatch) -> tuple[list[str], set[str]]:
             assert name not in names, "two kernels of one name"
             monkeypatch.setattr(module, name, Recorder(module.__name__, name, launches))
             names.add(name)
+    launched = {name for path in HOME.glob("*.py") for name in LAUNCH.findall(path.read_text(encoding="utf-8"))}
+    assert launched == names, "a kernel that is launched and not named or placed as the others are, or never launched"
     return launches, names
 
 
@@ -201,11 +205,11 @@ def record(monkeypatch, dtype, tables) -> tuple[dict[str, list[str]], set[str]]:
 
 
 def check_errors(errors: dict[str, str], calls: dict[str, list[str]]):
-    failed = [
-        f"{json.loads(launch)['kernel']} ({'; '.join(calls[launch])}):\n{error}"
-        for launch, error in errors.items() if error
-    ]  # fmt: skip
-    assert not failed, "\n\n".join(failed)
+    failed = {}  # error -> whose
+    for launch, error in errors.items():
+        failed.setdefault(error, []).append(f"{json.loads(launch)['kernel']} ({'; '.join(calls[launch])})")
+    failed.pop("", None)
+    assert not failed, "\n\n".join("\n".join([*launches, error]) for error, launches in failed.items())
 
 
 def check_coverage(launches: list[dict], kernels: set[str], dtype):
