@@ -165,6 +165,7 @@ def _add_process(verbs) -> None:
     parser.add_argument("--max-length", type=_positive, default=None, metavar="N", help=length)
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     parser.add_argument("--seed", type=int, default=None, metavar="N", help="row n draws by N + n")
+    parser.add_argument("--disable-compile", action="store_const", const=True, help="no torch.compile in a long run")
     parser.set_defaults(if_interrupted="; give the same command again to resume")
 
 
@@ -189,7 +190,8 @@ def _add_bench(verbs) -> None:
     what.add_argument("folder", nargs="?", metavar="DIR", help="a converted model")
     what.add_argument("--against", metavar="MODEL", help="its teacher: a folder, hub id or GGUF file")
     what.add_argument("--shape", metavar="NAME", help="random weights: llama-3.1-8b, based-1.3b or smollm2-135m")
-    what.add_argument("--window", type=_positive, metavar="N", help="with --shape: the window (default 64)")
+    what.add_argument("--window", type=_positive, metavar="N", help="with --shape: the window (default 192)")
+    what.add_argument("--map-dim", type=_positive, metavar="N", help="with --shape: of the feature map (default 4)")
     what.add_argument("--prompts", type=_counts, default=[128, 1024, 8192, 32768], metavar="N,N", help="128,1k,8k,32k")
     what.add_argument("--new", type=_positive, default=1024, metavar="N", help="new tokens a row (default 1024)")
     what.add_argument("--batches", type=_counts, default=[1, "max"], metavar="N,N", help="default 1,max: what fits")
@@ -285,7 +287,7 @@ def _process(args: argparse.Namespace) -> None:
     from linearize.sampling import Sampling
 
     names = ("folder", "source", "target", "template", "chat", "prefix", "batch", "max_new_tokens", "max_length",
-             "device")  # fmt: skip
+             "device", "disable_compile")  # fmt: skip
     sampling = Sampling(temperature=args.temperature, seed=args.seed)
     process(**{name: getattr(args, name) for name in names}, sampling=sampling)
 
@@ -306,7 +308,7 @@ def _bench_generation(args: argparse.Namespace) -> None:
     from linearize_eval.generation_bench import bench_generation
 
     names = ("folder", "against", "shape", "prompts", "new", "batches", "sides", "dtype", "device", "disable_compile")
-    more = ("output", "window", "steps", "made_up", "cells", "profile")
+    more = ("output", "window", "map_dim", "steps", "made_up", "cells", "profile")
     bench_generation(**{name: getattr(args, name) for name in (*names, *more)})
 
 

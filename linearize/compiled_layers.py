@@ -4,6 +4,7 @@ Attention stays out, as it has kernels of its own: the compiler stops before it 
 alike share what is compiled. Only instances are changed, and only inside.
 """
 
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from .instances import swapped
 from .modeling_linearized import LinearizedAttentionMixin, attention_modules
 
+RECOMPILE_LIMIT = 64  # sorts of layers, of several shapes, that may share a forward; dynamo gives up at 8
 PAYS_FROM = 5_000_000  # tokens of a stage: compiling takes half a minute, whatever the stage
 
 
@@ -31,6 +33,7 @@ class CompiledLayers:
         self.attentions = [m for m in attentions if isinstance(m, LinearizedAttentionMixin)]
         self.forwards = [torch.compile(layer.forward, options={"fallback_random": True}) for layer in self.layers]
 
+    @contextmanager
     def on(self):
         """A context; inside, the layers run compiled."""
         changes = [(attention, "call_attention", _call_apart) for attention in self.attentions]
@@ -39,7 +42,8 @@ class CompiledLayers:
                 forward = partial(_checkpointed, layer, forward)
                 changes.append((layer, "gradient_checkpointing", False))
             changes.append((layer, "forward", forward))
-        return swapped(changes)
+        with swapped(changes), torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            yield
 
 
 def _checkpointed(layer, forward, *args, **kwargs):

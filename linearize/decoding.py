@@ -62,7 +62,7 @@ class Decoder:
         self.finished = torch.ones(batch, dtype=torch.bool, device=self.device)  # rows that have ended, or never began
         self.logits = None  # [B, V] of the newest step; a graph writes them in place
         self.mask = None  # [B, seen] bool where the model's own cache holds softmax keys
-        self.run_model, self.compile_seconds, self.why_not_compiled = self._run_model, None, ""
+        self.run_model, self.compile_seconds, self.why_not_compiled = run_model, None, ""
         self._choose_mode(mode, batch, max_length, disable_compile)
 
     def prefill(self, input_ids, attention_mask=None, *, state: State | None = None):
@@ -141,15 +141,8 @@ class Decoder:
             mask = None
         else:
             mask = self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-        self.logits = self.run_model(self.token, self.position, mask)
+        self.logits = self.run_model(self.model, self.cache, self.token, self.position, mask)
         self._choose(self.logits)
-
-    def _run_model(self, token, position, mask):
-        """token, position [B] -> logits [B, V]; the cache moves on."""
-        return self.model(
-            input_ids=token[:, None], position_ids=position[:, None], attention_mask=mask, use_cache=True,
-            **{CACHE: self.cache},
-        ).logits[:, -1]  # fmt: skip
 
     def _choose(self, logits, rows=None) -> None:
         """Takes the next token of these rows from logits [rows, V], in place; a row that has ended stands still."""
@@ -181,20 +174,20 @@ class Decoder:
             if mode != "auto" or disable_compile is False:
                 raise
             self.why_eager, self.graph, self.cache = str(error), None, None
-            self.run_model, self.compile_seconds = self._run_model, None
+            self.run_model, self.compile_seconds = run_model, None
 
     def _compile(self, *, must: bool) -> None:
         """Replaces `run_model`, as one graph of torch.compile, and runs it once."""
         from torch._dynamo.exc import TorchDynamoException  # takes seconds
 
-        self.run_model, start = torch.compile(self._run_model, fullgraph=True, dynamic=False), time.perf_counter()
+        self.run_model, start = torch.compile(run_model, fullgraph=True, dynamic=False), time.perf_counter()
         try:
             with torch._dynamo.config.patch(recompile_limit=256):  # one for each sort of Decoder in this process
                 self._step()
         except TorchDynamoException as error:
             if must:
                 raise
-            self.run_model, self.why_not_compiled = self._run_model, str(error).strip().partition("\n")[0]
+            self.run_model, self.why_not_compiled = run_model, str(error).strip().partition("\n")[0]
             log.warning("the decode step is not compiled: %s", self.why_not_compiled)
         else:
             self.compile_seconds = time.perf_counter() - start
@@ -226,6 +219,12 @@ class Decoder:
         self.graph = graph
 
 
+def run_model(model, cache, token, position, mask):
+    """token, position [B] -> logits [B, V]; the cache moves on. Bound to no Decoder, which would then hold itself."""
+    inputs = dict(input_ids=token[:, None], position_ids=position[:, None], attention_mask=mask)
+    return model(**inputs, use_cache=True, **{CACHE: cache}).logits[:, -1]
+
+
 def end_tokens(model, eos=None, pad=None) -> tuple[list[int], int]:
     """(ids that end a row, id that fills it afterwards): as given, else by the model's generation config."""
     settings = model.generation_config
@@ -239,18 +238,18 @@ def end_tokens(model, eos=None, pad=None) -> tuple[list[int], int]:
 
 def generate(model, input_ids=None, attention_mask=None, *, max_new_tokens: int, sampling: Sampling | None = None,
              eos=None, pad=None, stop_strings=(), tokenizer=None, state: State | None = None, on_tokens=None,
-             mode: str = "auto", disable_compile: bool | None = True, decoder: Decoder | None = None):  # fmt: skip
+             mode: str = "auto", disable_compile: bool | None = None, decoder: Decoder | None = None):  # fmt: skip
     """New tokens [B, N] after prompts [B, T] (padded on the left) and `state`; pad follows a row's end.
 
     Greedily the same tokens as `model.generate`. Without input_ids the state alone is continued. stop_strings:
     a row ends with the token that completes one (needs the tokenizer), as in transformers. on_tokens(tokens
-    [B, k], on the CPU) is called as they come. disable_compile: of `Decoder`; compiling takes longer than it saves
-    in one call. decoder: one made before, whose graph is used again.
+    [B, k], on the CPU) is called as they come. disable_compile: of `Decoder`, but that None is True: compiling takes
+    longer than it saves in one call. decoder: one made before, whose graph is used again.
     """
     if max_new_tokens < 1:
         raise LinearizeError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if decoder is not None and (sampling, eos, pad, mode) != (None, None, None, "auto"):
-        raise LinearizeError("a decoder brings its own sampling, eos, pad and mode; give either")
+    if decoder is not None and (sampling, eos, pad, mode, disable_compile) != (None, None, None, "auto", None):
+        raise LinearizeError("a decoder brings its own sampling, eos, pad, mode and compilation; give either")
     if stop_strings and tokenizer is None:
         raise LinearizeError("stop_strings need the tokenizer")
     if input_ids is None and state is None:
@@ -261,7 +260,7 @@ def generate(model, input_ids=None, attention_mask=None, *, max_new_tokens: int,
         length = state.tokens.shape[1] + max_new_tokens + CHECK_EVERY
         decoder = Decoder(
             model, batch=len(state), sampling=sampling, eos=eos, pad=pad, mode=mode, max_length=length,
-            disable_compile=disable_compile,
+            disable_compile=True if disable_compile is None else disable_compile,
         )  # fmt: skip
     rows = _Rows(decoder, stop_strings, tokenizer)
     every = 1 if decoder.graph is None else CHECK_EVERY

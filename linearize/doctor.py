@@ -8,6 +8,7 @@ import torch
 from linearize_kernels import dispatch
 
 from .loading import pick_device
+from .recipe import AttentionSettings
 
 _PACKAGES = ("linearize", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "lm_eval")
 
@@ -18,7 +19,10 @@ def diagnose(device: str = "auto") -> str:
     name = torch.cuda.get_device_name(target) if target.type == "cuda" else f"{torch.get_num_threads()} threads"
     lines = [f"python {platform.python_version()}, " + ", ".join(f"{p} {_version(p)}" for p in _PACKAGES)]
     lines.append(f"device {target} ({name}); LINEARIZE_KERNELS asks for {dispatch.requested()}")
-    lines += [f"{operation}: {chosen} ({why})" for operation, chosen, why in dispatch.report(target)]
+    window, map_dim = AttentionSettings().window, AttentionSettings().feature_map.dim
+    lines.append(f"at the window and map dimension that recipes have by default, {window} and {map_dim}:")
+    rows = dispatch.report(target, window=window, map_dim=map_dim)
+    lines += [f"{operation}: {chosen} ({why})" for operation, chosen, why in rows]
     return "\n".join(lines)
 
 

@@ -266,7 +266,7 @@ def _tensors(layer) -> dict[str, torch.Tensor]:
 
 def _fill(layer, tensors, seen: int, dtype) -> None:
     """The reverse of `_tensors`, for an empty layer."""
-    exact = ("sink_k", "sink_v", "ring_k", "ring_v", *_GROWING)
+    exact = ("sink_k", "sink_v", "ring_k", "ring_v", "ring_far", *_GROWING)
     tensors = {name: x.to(dtype) if name in exact else x for name, x in tensors.items()}
     if isinstance(layer, LinearizedCacheLayer):
         kept = {theirs: tensors.pop(name) for name, theirs in _KEPT.items() if name in tensors}

@@ -94,7 +94,7 @@ class _Loop:
             fused=accelerator.device.type == "cuda",
         )  # fmt: skip
         self.parameters = [p for g in stage.groups for p in g.parameters]
-        self.compiled = nullcontext  # makes the context in which a micro-batch trains
+        self.compiled, self.has_run_compiled = nullcontext, False  # makes the context in which a micro-batch trains
         self.step, self.bad_evaluations, self.finished = 0, 0, False
         self.first_error, self.best_error, self.best_step, self.best = math.inf, math.inf, 0, None
 
@@ -177,12 +177,33 @@ class _Loop:
         batches = [{name: t.to(self.accelerator.device) for name, t in batch.items()} for batch in batches]
         names, total = [], 0
         for batch in batches:
-            window = dropped_window(self.stage.model, self.window_dropout() if backward else 0)
-            with window, self.compiled() if backward else nullcontext():
-                figures = self.stage.run(batch, scale=1 / max(terms, 1), backward=backward)
+            with dropped_window(self.stage.model, self.window_dropout() if backward else 0):
+                run = self.run_compiled if backward else self.stage.run
+                figures = run(batch, scale=1 / max(terms, 1), backward=backward)
             names, total = list(figures), total + torch.stack([v.detach().double() for v in figures.values()])
         totals = dict(zip(names, total, strict=True)) if names else {}
         return self._sum_over_processes(totals) if self.accelerator.num_processes > 1 else totals
+
+    def run_compiled(self, batch, **options) -> dict[str, torch.Tensor]:
+        """`stage.run`, compiled where that was chosen; plain, if nobody asked for it and the compiler fails at once."""
+        if self.compiled is nullcontext:
+            return self.stage.run(batch, **options)
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            with self.compiled():
+                figures = self.stage.run(batch, **options)
+        except TorchDynamoException as error:
+            why = str(error).strip().partition("\n")[0]
+            if self.run.compile or self.has_run_compiled:
+                words = f"{self.stage.name}: torch.compile failed: {why}. Set run.compile to false."
+                raise TrainingError(words) from error
+            self.log.say(f"{self.stage.name}: not compiled, as torch.compile failed: {why}")
+            self.compiled = nullcontext
+            self.optimizer.zero_grad(set_to_none=True)  # of the part of the batch that ran
+            return self.stage.run(batch, **options)
+        self.has_run_compiled = True
+        return figures
 
     def num_terms(self, batches: list[dict[str, torch.Tensor]]) -> int:
         """How many terms the loss sums over, in these batches (on the CPU) and those of the other processes."""

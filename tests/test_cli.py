@@ -144,10 +144,10 @@ def test_options_are_frozen():
         ]
         + ["--dtype"],
         "process": ["--template", "--chat", "--prefix", "--batch", "--device"]
-        + ["--max-new-tokens", "--max-length", "--temperature", "--seed"],
+        + ["--max-new-tokens", "--max-length", "--temperature", "--seed", "--disable-compile"],
         "bench": [],
         "bench kernels": [],
-        "bench generation": ["--against", "--shape", "--window", "--prompts", "--new", "--batches", "--cells"]
+        "bench generation": ["--against", "--shape", "--window", "--map-dim", "--prompts", "--new", "--batches", "--cells"]
         + ["--sides", "--steps", "--made-up", "--disable-compile", "--profile", "--dtype", "--device", "--output"],
         "bench speculative": ["--against", "--text", "--prompts", "--new", "--lookup", "--dtype", "--device"],
         "report": ["--baseline"],

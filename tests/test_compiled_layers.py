@@ -4,17 +4,19 @@ The compiler needs a C++ compiler on a CPU; these tests skip without one.
 """
 
 import shutil
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from accelerate import Accelerator
 from pico import convert, make_model, make_tokens
 from test_train import make_data, settings_of
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
 from linearize import train as train_module
 from linearize.compiled_layers import CompiledLayers, decoder_layers, pays
+from linearize.errors import TrainingError
 from linearize.finetune import FinetuneStage, add_lora
 from linearize.fused_norms import fused_norms
 from linearize.match import MatchStage
@@ -145,3 +147,31 @@ def test_training_steps_are_compiled_and_evaluations_are_not(choice, used, tmp_p
     assert ran == [False, True, False, True, False]
     assert entered == [1, 3][:used]
     assert ("match: layers are compiled" in capsys.readouterr().out) == bool(used)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_compiler_that_fails_is_done_without_unless_asked_for(asked, tmp_path, monkeypatch, capsys):
+    class Failing(CompiledLayers):
+        @contextmanager
+        def on(self):
+            yield  # gradients are there already, and must not count twice
+            raise TorchDynamoException("no compiler here\nand much more")
+
+    def parameters_after(choice, name):
+        stage = make_match(2)
+        (tmp_path / name).mkdir()
+        train(
+            stage, make_data(), settings_of(steps=2, evaluate_every=1), run=RunSettings(micro_batch=4, compile=choice),
+            accelerator=Accelerator(cpu=True), folder=tmp_path / name, log=RunLog(tmp_path / name / "log.jsonl"),
+        )  # fmt: skip
+        return [p.detach() for group in stage.groups for p in group.parameters]
+
+    monkeypatch.setattr(train_module, "CompiledLayers", Failing)
+    monkeypatch.setattr(train_module, "pays", lambda *_: True)
+    if asked:
+        with pytest.raises(TrainingError, match="torch.compile failed: no compiler here. Set run.compile"):
+            parameters_after(True, "asked")
+        return
+    expected, got = parameters_after(False, "plain"), parameters_after(None, "auto")
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+    assert "not compiled, as torch.compile failed: no compiler here" in capsys.readouterr().out

@@ -1,5 +1,8 @@
 """Static decoding: the tokens of `model.generate` by every mode, with and without a graph; ends, streams, samples."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from pico import convert, make_model, make_tokens, pad, relative_error
@@ -355,3 +358,15 @@ def test_decode_n_never_waits_for_the_device(settings):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert tokens.shape == (3, 80)
+
+
+def test_a_decoder_is_freed_when_nobody_has_it():
+    """Without waiting for the garbage collector: its memory may be most of a GPU's."""
+    decoder = Decoder(convert(make_model("llama")), batch=1, mode="static")
+    gone = weakref.ref(decoder)
+    gc.disable()
+    try:
+        del decoder
+        assert gone() is None
+    finally:
+        gc.enable()

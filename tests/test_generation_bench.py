@@ -71,7 +71,7 @@ def test_a_cell_in_a_process_of_its_own(folder, capsys, tmp_path):
 def test_a_process_that_fails_tells_why(folder, tmp_path):
     cell = generation_measure.Cell("converted", 8, 4, 1)
     options = dict(folder=str(tmp_path / "nothing"), against=None, shape=None, dtype="float32", device="cpu",
-                   window=None)  # fmt: skip
+                   window=None, map_dim=None)  # fmt: skip
     with pytest.raises(bench.LinearizeError, match="converted, prompt 8: .*is not a model folder"):
         bench.in_own_process(cell, options, 1e9)
 

@@ -6,7 +6,7 @@ from pico import convert, make_model, make_tokens, pad
 from safetensors.torch import save_file
 from test_export import make_tokenizer
 
-from linearize.decoding import generate
+from linearize.decoding import Decoder, generate
 from linearize.errors import LinearizeError
 from linearize.state import State, StateError, read
 
@@ -35,6 +35,19 @@ def test_a_saved_text_is_continued_as_if_just_read(tmp_path, name, settings):
         assert torch.equal(generate(model, QUESTION, state=state, max_new_tokens=NEW), expected)
     assert torch.equal(generate(model, state=state, max_new_tokens=NEW), answer(model, BOOK))
     assert not torch.equal(expected, answer(model, QUESTION)), "the text before matters"
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_text_read_in_another_dtype_takes_a_slot_among_others(tmp_path, saved, loaded):
+    """All that a row of a batch holds has the batch's dtypes."""
+    read(make().to(saved), BOOK).save(tmp_path / "book", make().to(saved))
+    model = make().to(loaded)
+    state = State.load(tmp_path / "book", model)
+    decoder = Decoder(model, batch=2, mode="eager")
+    decoder.start(read(model, QUESTION).select([0, 0]))
+    first = decoder.replace(1, state)
+    assert first == int(generate(model, state=state, max_new_tokens=1))
+    assert decoder.decode_one().shape == (2,)
 
 
 def test_its_size_does_not_depend_on_the_text(tmp_path):

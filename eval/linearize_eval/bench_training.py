@@ -29,6 +29,7 @@ from linearize.fused_norms import fused_norms
 from linearize.match import MatchStage
 from linearize.recipe import (
     AttentionSettings,
+    FeatureMapSettings,
     FinetuneSettings,
     LoraSettings,
     LossSettings,
@@ -54,6 +55,9 @@ SHAPES = {  # of SmolLM2-135M and Llama-3.2-1B
 NEVER = 10**9
 STAGES = ("match", "finetune")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+ATTENTION = AttentionSettings(window=64, feature_map=FeatureMapSettings(dim=16))  # which the CUDA kernels take, too
 
 
 class Speed(NamedTuple):
@@ -113,7 +117,7 @@ def make_stage(stage: str, config: LlamaConfig, loop: dict, *, device: str):
     """(stage, its settings) over a random model, as a recipe for a GPU would have them."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    model = linearize_(model, AttentionSettings())
+    model = linearize_(model, ATTENTION)
     if stage == "match":
         settings = MatchSettings(**loop)
         return MatchStage(model, settings), settings

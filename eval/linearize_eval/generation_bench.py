@@ -29,13 +29,14 @@ SIDES = ("converted", "teacher-static", "teacher-dynamic")
 def bench_generation(folder=None, *, against=None, shape=None, prompts=(128, 1024, 8192, 32768), new=1024,
                      batches=(1, "max"), cells=None, sides=None, steps=None, made_up=False, dtype="bfloat16",
                      device="auto", disable_compile=None, profile=False, output=None,
-                     window=None, own_process=None) -> list[Result]:  # fmt: skip
+                     window=None, map_dim=None, own_process=None) -> list[Result]:  # fmt: skip
     """Measures every side at every prompt and batch, prints as it goes and returns the results.
 
     batches: numbers, and "max" for the largest that fits. cells: pairs (prompt, batch) instead of all. steps: how many
     of the new tokens' steps are timed, from their middle; None: all. made_up: decode from random memory, nothing is
     read. disable_compile: of `linearize.Decoder`. profile: print the kernels of a step, too. output: path without
-    suffix for a CSV file, written line by line, and a PNG. own_process: a process a cell; None: on a CPU.
+    suffix for a CSV file, written line by line, and a PNG. window, map_dim: of a shape; None: the recipes' default.
+    own_process: a process a cell; None: on a CPU.
     """
     from linearize.loading import pick_device
 
@@ -46,7 +47,8 @@ def bench_generation(folder=None, *, against=None, shape=None, prompts=(128, 102
     print(describe(device, rate))
     if steps is not None and steps < new - 1:
         print(f"Timed: {steps} decode steps from the middle of {new - 1}; figures for all are extrapolated from them")
-    options = dict(folder=folder, against=against, shape=shape, dtype=dtype, device=device, window=window)
+    options = dict(folder=folder, against=against, shape=shape, dtype=dtype, device=device, window=window,
+                   map_dim=map_dim)  # fmt: skip
     results = []
 
     def done(result):

@@ -21,7 +21,7 @@ SHAPES = {  # Llama configs of random weights; based-1.3b: the size of BASED's l
 }  # fmt: skip
 
 
-def load_side(kind: str, *, folder, against, shape, dtype: str, device, window):
+def load_side(kind: str, *, folder, against, shape, dtype: str, device, window, map_dim):
     """The model of a side ("converted" or "teacher"), in eval mode on the device."""
     from linearize.loading import DTYPES, load, load_any
 
@@ -30,9 +30,12 @@ def load_side(kind: str, *, folder, against, shape, dtype: str, device, window):
         model = random_model(shape, dtype=DTYPES[dtype], device=device)
         if kind == "converted":
             from linearize.architecture import linearize_
-            from linearize.recipe import AttentionSettings
+            from linearize.recipe import AttentionSettings, FeatureMapSettings
 
-            linearize_(model, AttentionSettings(**({} if window is None else {"window": window})))
+            feature_map = FeatureMapSettings(**({} if map_dim is None else {"dim": map_dim}))
+            linearize_(
+                model, AttentionSettings(**({} if window is None else {"window": window}), feature_map=feature_map)
+            )
     elif kind == "teacher":
         model = load_any(against, dtype=dtype, device=str(device))[0]
     else:

@@ -70,6 +70,9 @@ def why_not(q, k, v, q_far, k_far, gate, **options) -> str:
         return reason
     if q.shape[-1] != HEAD_DIM:
         return f"head dim {q.shape[-1]}: {HEAD_DIM}"
+    wrong = {q_far.dtype, k_far.dtype} - {torch.bfloat16, torch.float32}
+    if wrong:
+        return f"maps in {wrong.pop()}: bfloat16 or float32, in which their gradients are written"
     programs = q.shape[0] * q.shape[1]
     return "" if programs >= FEWEST else f"{programs} rows times heads: Triton is faster below {FEWEST}"
 

@@ -121,7 +121,7 @@ def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
     if needs_grad and prefills:
         return Verdict(False, "no gradients through a state in CUDA")
     if not prefills and (needs_grad or options.get("segments") is not None):
-        return can_forward_cuda(q, k, v, q_far, k_far, gate, **options, backward=needs_grad)
+        return can_forward_cuda(q, k, v, q_far, k_far, gate, **options, backward=needs_grad, chosen="cuda")
     reason = cuda_prefill.why_not(q, k, v, q_far, k_far, gate, **options) or cuda_prefill.why_not_device(
         q.device, q.shape[-1]
     )
@@ -134,11 +134,11 @@ def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
     return _compared(error, allowed, q.device)
 
 
-def can_forward_cuda(q, k, v, q_far, k_far, gate, *, backward=True, **options) -> Verdict:
+def can_forward_cuda(q, k, v, q_far, k_far, gate, *, backward=True, chosen=None, **options) -> Verdict:
     """Whether the CUDA kernel can be the forward of `attention_training`, with the reason where not.
 
-    backward: whether gradients are to follow; those by Triton are in the self-test then. The first call of each sort on
-    a device takes seconds.
+    backward: whether gradients are to follow; those by Triton are in the self-test then. chosen: the implementation
+    asked for; None: by the environment. The first call of each sort on a device takes seconds.
     """
     from . import cuda_prefill
 
@@ -146,7 +146,7 @@ def can_forward_cuda(q, k, v, q_far, k_far, gate, *, backward=True, **options) -
         return cuda_prefill.why_not_device(device, q.shape[-1])
 
     tensors = q, k, v, q_far, k_far, gate
-    return _can_train_cuda("forward", tensors, options, cuda_prefill.why_not_forward, why_not_device, backward)
+    return _can_train_cuda("forward", tensors, options, cuda_prefill.why_not_forward, why_not_device, backward, chosen)
 
 
 def can_backward_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
@@ -161,11 +161,11 @@ def can_backward_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
     return _can_train_cuda("backward", tensors, options, cuda_backward.why_not, cuda_backward.why_not_device)
 
 
-def _can_train_cuda(part: str, tensors, options, why_not, why_not_device, backward=True) -> Verdict:
+def _can_train_cuda(part: str, tensors, options, why_not, why_not_device, backward=True, chosen=None) -> Verdict:
     from . import cuda
     from .self_test import self_test
 
-    (q, k, v, q_far, *_), chosen = tensors, requested()
+    (q, k, v, q_far, *_), chosen = tensors, chosen or requested()
     reason = cuda.why_not(q.device) if chosen in ("auto", "cuda") else f"{chosen} is asked for"
     reason = reason or why_not(*tensors, **options) or why_not_device(q.device)
     if reason:
@@ -305,7 +305,7 @@ def _cuda(*tensors, scaling, window, sinks, return_state, segments, **_):
 KERNELS = {"triton": (can_run, _triton), "cuda": (can_run_cuda, _cuda)}
 
 
-def report(device: str | torch.device = "cuda") -> list[tuple[str, str, str]]:
+def report(device: str | torch.device = "cuda", *, window=64, map_dim=16) -> list[tuple[str, str, str]]:
     """What each operation takes on a device, for `linearize doctor`: (operation, implementation, why).
 
     Runs the kernels there, at the shapes of a small model.
@@ -313,13 +313,13 @@ def report(device: str | torch.device = "cuda") -> list[tuple[str, str, str]]:
     rows = []
     for name, training in (("training attention", True), ("prefill", False)):
         for dtype in (torch.bfloat16, torch.float32):
-            sizes = [(9, 64), (3, 64), (3, 64), (9, 16), (3, 16), (9,)]
-            tensors = [torch.zeros(1, h, 300, *size, device=device, dtype=dtype) for h, *size in sizes]
+            sizes = [(9, 64), (3, 64), (3, 64), (9, map_dim), (3, map_dim), (9,)]
+            tensors = [torch.zeros(1, h, window + 236, *size, device=device, dtype=dtype) for h, *size in sizes]
             tensors = [x.requires_grad_(training) for x in tensors]
-            options = dict(scaling=1.0, window=64, sinks=4, return_state=not training)
+            options = dict(scaling=1.0, window=window, sinks=4, return_state=not training)
             rows.append((f"{name}, {dtype}".replace("torch.", ""), *_report_attention(tensors, options)))
-    rows.append(("training backward, bfloat16", *_report_backward(device)))
-    rows += [_report_decode(dtype, device) for dtype in (torch.bfloat16, torch.float32)]
+    rows.append(("training backward, bfloat16", *_report_backward(device, window, map_dim)))
+    rows += [_report_decode(dtype, device, window, map_dim) for dtype in (torch.bfloat16, torch.float32)]
     return rows
 
 
@@ -335,23 +335,23 @@ def _report_attention(tensors, options) -> tuple[str, str]:
     return (chosen if chosen in KERNELS else "reference"), verdict.reason
 
 
-def _report_backward(device) -> tuple[str, str]:
+def _report_backward(device, window, map_dim) -> tuple[str, str]:
     """What finds the gradients of a batch that fills a GPU, and why."""
-    sizes = [(9, 64), (3, 64), (3, 64), (9, 16), (3, 16), (9,)]
+    sizes = [(9, 64), (3, 64), (3, 64), (9, map_dim), (3, map_dim), (9,)]
     tensors = [torch.zeros(16, h, 64, *size, device=device, dtype=torch.bfloat16) for h, *size in sizes]
-    verdict = can_backward_cuda(*tensors, scaling=1.0, window=64, sinks=4)
+    verdict = can_backward_cuda(*tensors, scaling=1.0, window=window, sinks=4)
     return ("cuda", "the self-test passed") if verdict else ("as forward", f"not cuda: {verdict.reason}")
 
 
-def _report_decode(dtype, device) -> tuple[str, str, str]:
+def _report_decode(dtype, device, window, map_dim) -> tuple[str, str, str]:
     name = f"decode, {dtype}".replace("torch.", "")
     if importlib.util.find_spec("triton") is None:
         return name, "reference", NO_TRITON.reason
     from .decode import DecodeState
 
-    k, k_far = torch.zeros(1, 3, 1, 64, device=device, dtype=dtype), torch.zeros(1, 3, 1, 16, device=device)
-    state = State.empty(k, k, k_far, num_features=Taylor.num_features(16), sinks=4, ring=63)
-    state = DecodeState.from_state(state, window=64)
+    k, k_far = (torch.zeros(1, 3, 1, size, device=device, dtype=dtype) for size in (64, map_dim))
+    state = State.empty(k, k, k_far, num_features=Taylor.num_features(map_dim), sinks=4, ring=window - 1)
+    state = DecodeState.from_state(state, window=window)
     chosen, refused = requested(), ""
     if chosen in ("auto", "cuda"):
         verdict = can_decode_cuda(state, heads=9, forced=chosen == "cuda")
