@@ -70,16 +70,7 @@ __device__ __forceinline__ void newer_queries(KeyGradients& to, const unsigned c
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         unsigned a[4];
-#pragma unroll
-        // as in prefill_attend.cuh: fragment a[i] is row i % 2, entries from 2t + 8 (i / 2) on, times those s further
-        for (int i = 0; i < 4; i++) {
-            const unsigned(&w)[8] = x[i % 2];
-            int m = i / 2 * 4, n = (m + s / 2) % 8;
-            unsigned right = s % 2 ? join_halves(w[n], w[(n + 1) % 8]) : w[n];
-            a[i] = s == 9 ? w[m] : multiply_bf16(w[m], right);
-            if (s == 0) a[i] = multiply_bf16(a[i], 0x3f003f00u);  // half
-            if (s == 8 && i >= 2) a[i] = (lane & 3) == 0 ? 0x3f80u : 0;
-        }
+        make_features(a, x, s, lane & 3);
         add_values(to.v, a, sum + s * 2048, s % 2 * 64, lane);
     }
 }

@@ -1,6 +1,20 @@
 // The warps of prefill.cu that attend: 16 rows of a chunk and 64 columns of values each.
 #pragma once
 
+// Step s of the features of two rows x, as pairs of entries from pair t on, as a fragment of products: a[i] is row
+// i % 2, entries from 2t + 8 (i / 2) on, times those s further.
+__device__ __forceinline__ void make_features(unsigned (&a)[4], const unsigned (&x)[2][8], int s, int t) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const unsigned(&w)[8] = x[i % 2];
+        int m = i / 2 * 4, n = (m + s / 2) % 8;
+        unsigned right = s % 2 ? join_halves(w[n], w[(n + 1) % 8]) : w[n];
+        a[i] = s == 9 ? w[m] : multiply_bf16(w[m], right);
+        if (s == 0) a[i] = multiply_bf16(a[i], 0x3f003f00u);  // half
+        if (s == 8 && i >= 2) a[i] = t == 0 ? 0x3f80u : 0;
+    }
+}
+
 // acc [16 rows, 64 values] = features(q_far) · S, and this lane's part of q·Σx + ½ q·(Σ x xᵀ) q for rows g and g + 8.
 // q_far: the first row. half_sum: place of S for these values.
 __device__ __forceinline__ void read_sum(float (&acc)[8][4], float (&norm)[2], const unsigned char* shared,
@@ -16,16 +30,7 @@ __device__ __forceinline__ void read_sum(float (&acc)[8][4], float (&norm)[2], c
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         unsigned a[4];
-#pragma unroll
-        // fragment a[i]: row i % 2, entries from 2t + 8 (i / 2) on, times those s further
-        for (int i = 0; i < 4; i++) {
-            const unsigned(&w)[8] = x[i % 2];
-            int m = i / 2 * 4, n = (m + s / 2) % 8;
-            unsigned right = s % 2 ? join_halves(w[n], w[(n + 1) % 8]) : w[n];
-            a[i] = s == 9 ? w[m] : multiply_bf16(w[m], right);
-            if (s == 0) a[i] = multiply_bf16(a[i], 0x3f003f00u);  // half
-            if (s == 8 && i >= 2) a[i] = t == 0 ? 0x3f80u : 0;
-        }
+        make_features(a, x, s, t);
 #pragma unroll
         for (int pair = 0; pair < 4; pair++) {
             uint4 b = *reinterpret_cast<const uint4*>(shared + half_sum + ((s * 4 + pair) * 32 + lane) * 16);
