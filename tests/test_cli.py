@@ -147,8 +147,8 @@ def test_options_are_frozen():
         + ["--max-new-tokens", "--max-length", "--temperature", "--seed", "--disable-compile"],
         "bench": [],
         "bench kernels": [],
-        "bench generation": ["--against", "--shape", "--window", "--map-dim", "--prompts", "--new", "--batches", "--cells"]
-        + ["--sides", "--steps", "--made-up", "--disable-compile", "--profile", "--dtype", "--device", "--output"],
+        "bench generation": ["--against", "--shape", "--window", "--map-dim", "--prompts", "--new", "--batches"]
+        + ["--cells", "--sides", "--steps", "--made-up", "--disable-compile", "--profile", "--dtype", "--device", "--output"],
         "bench speculative": ["--against", "--text", "--prompts", "--new", "--lookup", "--dtype", "--device"],
         "report": ["--baseline"],
         "doctor": ["--device"],
