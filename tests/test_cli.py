@@ -148,7 +148,8 @@ def test_options_are_frozen():
         "bench": [],
         "bench kernels": [],
         "bench generation": ["--against", "--shape", "--window", "--map-dim", "--prompts", "--new", "--batches"]
-        + ["--cells", "--sides", "--steps", "--made-up", "--disable-compile", "--profile", "--dtype", "--device", "--output"],
+        + ["--cells", "--sides", "--steps", "--made-up", "--disable-compile", "--profile"]
+        + ["--dtype", "--device", "--output"],
         "bench speculative": ["--against", "--text", "--prompts", "--new", "--lookup", "--dtype", "--device"],
         "report": ["--baseline"],
         "doctor": ["--device"],
