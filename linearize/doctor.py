@@ -19,7 +19,8 @@ def diagnose(device: str = "auto") -> str:
     name = torch.cuda.get_device_name(target) if target.type == "cuda" else f"{torch.get_num_threads()} threads"
     lines = [f"python {platform.python_version()}, " + ", ".join(f"{p} {_version(p)}" for p in _PACKAGES)]
     lines.append(f"device {target} ({name}); LINEARIZE_KERNELS asks for {dispatch.requested()}")
-    window, map_dim = AttentionSettings().window, AttentionSettings().feature_map.dim
+    default = AttentionSettings()
+    window, map_dim = default.window, default.feature_map.dim
     lines.append(f"at the window and map dimension that recipes have by default, {window} and {map_dim}:")
     rows = dispatch.report(target, window=window, map_dim=map_dim)
     lines += [f"{operation}: {chosen} ({why})" for operation, chosen, why in rows]

@@ -18,9 +18,10 @@ from dataclasses import fields
 import torch
 from torch import nn
 
+from .decoding import run_model
 from .errors import ModelError
 from .linear_attention import State
-from .modeling_linearized import CACHE, attention_modules, linear_attentions
+from .modeling_linearized import attention_modules, linear_attentions
 
 NAMES = [f.name for f in fields(State)]
 
@@ -47,10 +48,7 @@ class DecodeStep(nn.Module):
         for i, layer in enumerate(cache.layers):
             layer.state = State(*state[i * len(NAMES) : (i + 1) * len(NAMES)])
             layer.is_initialized = True
-        out = self.model(
-            input_ids=token[:, None], position_ids=position[:, None], use_cache=True, **{CACHE: cache}
-        )
-        return out.logits[:, -1], flatten(cache)
+        return run_model(self.model, cache, token, position, None), flatten(cache)
 
     def empty_state(self, batch: int) -> list[torch.Tensor]:
         """The state of `batch` rows that have seen nothing."""

@@ -55,8 +55,6 @@ SHAPES = {  # of SmolLM2-135M and Llama-3.2-1B
 NEVER = 10**9
 STAGES = ("match", "finetune")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
 ATTENTION = AttentionSettings(window=64, feature_map=FeatureMapSettings(dim=16))  # which the CUDA kernels take, too
 
 

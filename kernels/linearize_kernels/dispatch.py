@@ -313,14 +313,18 @@ def report(device: str | torch.device = "cuda", *, window=64, map_dim=16) -> lis
     rows = []
     for name, training in (("training attention", True), ("prefill", False)):
         for dtype in (torch.bfloat16, torch.float32):
-            sizes = [(9, 64), (3, 64), (3, 64), (9, map_dim), (3, map_dim), (9,)]
-            tensors = [torch.zeros(1, h, window + 236, *size, device=device, dtype=dtype) for h, *size in sizes]
-            tensors = [x.requires_grad_(training) for x in tensors]
+            tensors = _small_inputs(1, window + 236, map_dim, device=device, dtype=dtype, requires_grad=training)
             options = dict(scaling=1.0, window=window, sinks=4, return_state=not training)
             rows.append((f"{name}, {dtype}".replace("torch.", ""), *_report_attention(tensors, options)))
     rows.append(("training backward, bfloat16", *_report_backward(device, window, map_dim)))
     rows += [_report_decode(dtype, device, window, map_dim) for dtype in (torch.bfloat16, torch.float32)]
     return rows
+
+
+def _small_inputs(batch: int, length: int, map_dim: int, **options) -> list[torch.Tensor]:
+    """q, k, v, q_far, k_far, gate of a small model."""
+    sizes = [(9, 64), (3, 64), (3, 64), (9, map_dim), (3, map_dim), (9,)]
+    return [torch.zeros(batch, heads, length, *size, **options) for heads, *size in sizes]
 
 
 def _report_attention(tensors, options) -> tuple[str, str]:
@@ -337,8 +341,7 @@ def _report_attention(tensors, options) -> tuple[str, str]:
 
 def _report_backward(device, window, map_dim) -> tuple[str, str]:
     """What finds the gradients of a batch that fills a GPU, and why."""
-    sizes = [(9, 64), (3, 64), (3, 64), (9, map_dim), (3, map_dim), (9,)]
-    tensors = [torch.zeros(16, h, 64, *size, device=device, dtype=torch.bfloat16) for h, *size in sizes]
+    tensors = _small_inputs(16, 64, map_dim, device=device, dtype=torch.bfloat16)
     verdict = can_backward_cuda(*tensors, scaling=1.0, window=window, sinks=4)
     return ("cuda", "the self-test passed") if verdict else ("as forward", f"not cuda: {verdict.reason}")
 
