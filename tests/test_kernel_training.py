@@ -4,6 +4,7 @@ On a machine without a GPU they run in Triton's interpreter (see conftest.py), f
 it has no bfloat16 products. On a GPU the whole table runs. Fresh memory is filled with NaN beforehand.
 """
 
+import functools
 import importlib
 
 import pytest
@@ -16,7 +17,7 @@ from linearize_kernels import attention, attention_quadratic, can_run  # noqa: E
 from linearize_kernels.configs import CONFIGS, Config, SumTiles, Tiles  # noqa: E402
 from linearize_kernels.plan import plan_rows  # noqa: E402
 from linearize_kernels.sums import key_sums  # noqa: E402
-from linearize_kernels.training import attention_training  # noqa: E402
+from linearize_kernels.training import attention_training, launch_forward  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
@@ -128,6 +129,25 @@ FROZEN_CASES = (
 def test_q_k_and_v_frozen(name, dtype):
     case = {"length": 60, **CASES[name], "dtype": dtype}
     check(case, config=SMALL if dtype == torch.float32 else None, frozen=("q", "k", "v"))
+
+
+@pytest.mark.parametrize("frozen", [(), ("q", "k", "v")], ids=["all", "q, k, v frozen"])
+def test_what_the_output_lost_costs_the_gate_and_the_keys_nothing(frozen, monkeypatch):
+    """Sums over exact pairs say what a rounded output hides; so they are needed with q, k and v frozen too."""
+    inputs, options, grad = make(length=60, cuts=(9, 13), batch=2)
+    inputs["v"], grad = inputs["v"] + 3, grad + 1
+    right = run(attention_quadratic, inputs, options, grad, torch.float64, frozen)
+
+    def coarse(*args, **kw):
+        out, rest, lse = launch_forward(*args, **kw)
+        return out.bfloat16().float(), rest, lse
+
+    monkeypatch.setattr("linearize_kernels.training.launch_forward", coarse)
+    take = functools.partial(attention_training, config=SMALL, forward="triton", backward="triton")
+    got = run(take, inputs, options, grad, frozen=frozen)
+    for name in ("gate", "k_far", *([] if frozen else ["k", "v"])):
+        assert (got[name] - right[name]).norm() <= 1e-4 * right[name].norm(), name
+    assert (got["q_far"] - right["q_far"]).norm() > 1e-3 * right["q_far"].norm(), "the output was not coarse"
 
 
 def test_only_what_is_wanted_is_computed(monkeypatch):

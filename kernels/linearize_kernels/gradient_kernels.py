@@ -232,15 +232,15 @@ def key_gradient_kernel(
         near_end = tl.minimum(near_end, far_end)
     # Tiles of queries that have all these keys in their windows.
     inside_end = tl.minimum(tl.maximum((start + window) // BM, low), near_end)
+    first_far = near_end if EXACT else inside_end  # far pairs before it come with the exact pairs of their tiles
 
+    if EXACT:
+        x_keys = load_tile(k + b * k_b + g * k_h, k_t, start, length, BN, D, DP)
+        acc_k = tl.zeros([BN, DP], tl.float32)
     values = load_tile(v + b * v_b + g * v_h, v_t, start, length, BN, V, VP)
     acc_v = tl.zeros([BN, VP], tl.float32)
     acc_far = tl.zeros([BN, FP], tl.float32)
-    first_far = inside_end
     if EXACT:
-        first_far = near_end  # tiles before come with their exact pairs
-        x_keys = load_tile(k + b * k_b + g * k_h, k_t, start, length, BN, D, DP)
-        acc_k = tl.zeros([BN, DP], tl.float32)
         for head in range(group):
             h = g * group + head
             far_head = h // far_group
