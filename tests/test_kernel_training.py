@@ -4,6 +4,9 @@ On a machine without a GPU they run in Triton's interpreter (see conftest.py), f
 it has no bfloat16 products. On a GPU the whole table runs. Fresh memory is filled with NaN beforehand.
 """
 
+import functools
+import importlib
+
 import pytest
 import torch
 
@@ -14,7 +17,7 @@ from linearize_kernels import attention, attention_quadratic, can_run  # noqa: E
 from linearize_kernels.configs import CONFIGS, Config, SumTiles, Tiles  # noqa: E402
 from linearize_kernels.plan import plan_rows  # noqa: E402
 from linearize_kernels.sums import key_sums  # noqa: E402
-from linearize_kernels.training import attention_training  # noqa: E402
+from linearize_kernels.training import attention_training, launch_forward  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
@@ -54,25 +57,26 @@ def make(length=75, batch=1, heads=2, groups=1, head_dim=16, map_dim=5, window=1
     return inputs, options, draw(batch, heads, length, head_dim)
 
 
-def run(function, inputs, options, grad, dtype=None):
-    """Output and gradients, by name."""
-    leaves = {n: x.detach().to(dtype or x.dtype).requires_grad_() for n, x in inputs.items() if x is not None}
-    out = function(**leaves, **options)
+def run(function, inputs, options, grad, dtype=None, frozen=()):
+    """Output and gradients but those of `frozen`, by name."""
+    given = {n: x.detach().to(dtype or x.dtype) for n, x in inputs.items() if x is not None}
+    leaves = {n: x.requires_grad_() for n, x in given.items() if n not in frozen}
+    out = function(**given, **options)
     out = out[0] if isinstance(out, tuple) else out
     gradients = torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))
     return dict(zip(["out", *leaves], [out.detach(), *gradients], strict=True))
 
 
-def check(case, config=None):
+def check(case, config=None, frozen=()):
     inputs, options, grad = make(**case)
     dtype = inputs["q"].dtype
-    right = run(attention_quadratic, inputs, options, grad, torch.float64)
+    right = run(attention_quadratic, inputs, options, grad, torch.float64, frozen)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     try:
-        got = run(lambda **kw: attention_training(**kw, config=config), inputs, options, grad)
+        got = run(lambda **kw: attention_training(**kw, config=config), inputs, options, grad, frozen=frozen)
     finally:
         torch.use_deterministic_algorithms(False)
-    plain = run(attention_quadratic, inputs, options, grad) if dtype == torch.bfloat16 else None
+    plain = run(attention_quadratic, inputs, options, grad, frozen=frozen) if dtype == torch.bfloat16 else None
     for name, expected in right.items():
         size, error = expected.norm(), (got[name].double() - expected).norm()
         allowed, floor = 1e-4, 1e-6
@@ -114,11 +118,75 @@ def test_small_cases(name, dtype):
     check({**CASES[name], "dtype": dtype}, config=SMALL if dtype == torch.float32 else None)
 
 
+FROZEN_CASES = (
+    "plain", "within the window", "window 1", "groups", "per query head, decay", "right padding", "segments",
+    "gate high",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FROZEN_CASES)
+def test_q_k_and_v_frozen(name, dtype):
+    case = {"length": 60, **CASES[name], "dtype": dtype}
+    check(case, config=SMALL if dtype == torch.float32 else None, frozen=("q", "k", "v"))
+
+
+@pytest.mark.parametrize("frozen", [(), ("q", "k", "v")], ids=["all", "q, k, v frozen"])
+def test_what_the_output_lost_costs_the_gate_and_the_keys_nothing(frozen, monkeypatch):
+    """Sums over exact pairs say what a rounded output hides; so they are needed with q, k and v frozen too."""
+    inputs, options, grad = make(length=60, cuts=(9, 13), batch=2)
+    inputs["v"], grad = inputs["v"] + 3, grad + 1
+    right = run(attention_quadratic, inputs, options, grad, torch.float64, frozen)
+
+    def coarse(*args, **kw):
+        out, rest, lse = launch_forward(*args, **kw)
+        return out.bfloat16().float(), rest, lse
+
+    monkeypatch.setattr("linearize_kernels.training.launch_forward", coarse)
+    take = functools.partial(attention_training, config=SMALL, forward="triton", backward="triton")
+    got = run(take, inputs, options, grad, frozen=frozen)
+    for name in ("gate", "k_far", *([] if frozen else ["k", "v"])):
+        assert (got[name] - right[name]).norm() <= 1e-4 * right[name].norm(), name
+    assert (got["q_far"] - right["q_far"]).norm() > 1e-3 * right["q_far"].norm(), "the output was not coarse"
+
+
+def test_only_what_is_wanted_is_computed(monkeypatch):
+    """Exact pairs are left out of the keys' gradient exactly where q, k and v are all frozen; sinks' with them."""
+    seen = []
+
+    class Spy:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, **constants):
+                seen.append((self.name, constants.get("EXACT")))
+                self.kernel[grid](*args, **constants)
+
+            return launch
+
+    for module, name in (("gradient", "query_gradient"), ("gradient", "key_gradient"), ("sink_gradient",) * 2):
+        module = importlib.import_module(f"linearize_kernels.{module}_kernels")
+        monkeypatch.setattr(module, f"{name}_kernel", Spy(name, getattr(module, f"{name}_kernel")))
+    for wanted in ("q", "k", "v", ""):
+        seen.clear()
+        check({"length": 40}, config=SMALL, frozen=[name for name in "qkv" if name != wanted])
+        exact = bool(wanted)
+        sinks = [("sink_gradient", None)] if exact else []
+        assert seen == [("query_gradient", exact), ("key_gradient", exact), *sinks]
+
+
 @pytest.mark.skipif(ON_GPU, reason="these tiles are for the interpreter")
 @pytest.mark.parametrize("name", ["plain", "segments", "left padding", "per query head, no decay"])
 def test_tiles_of_different_sizes(name):
     cases = {**CASES, "per query head, no decay": {"heads": 4, "groups": 2, "per": "query_head"}}
     check({"length": 140, **cases[name]}, config=MIXED)
+
+
+@pytest.mark.skipif(ON_GPU, reason="these tiles are for the interpreter")
+def test_tiles_of_different_sizes_with_q_k_and_v_frozen():
+    case = {"heads": 4, "groups": 2, "per": "query_head", "cuts": (1, 2, 30, 90), "length": 140}
+    check(case, config=MIXED, frozen=("q", "k", "v"))
 
 
 def test_a_plan_is_made_once_for_all_layers_and_anew_for_other_rows():
@@ -166,16 +234,19 @@ GPU_CASES = {
     "long pieces, with spans": {"length": 3000, "cuts": (700, 701, 1800), "heads": 2, "groups": 1},
     "long, per query head": {"length": 1500, "per": "query_head"},
     "scores to 60": {"large": 4.0},
+    "window 214, map dim 4": {"window": 214, "map_dim": 4, "length": 1000, "heads": 9, "groups": 3},
+    "window 214, map dim 4, pieces": {"window": 214, "map_dim": 4, "length": 1000, "cuts": (100, 300, 310, 650)},
 }
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("frozen", [(), ("q", "k", "v")], ids=["all", "q, k, v frozen"])
 @pytest.mark.parametrize("name", GPU_CASES)
-def test_table(name, dtype):
+def test_table(name, frozen, dtype):
     check({"length": 500, "heads": 4, "groups": 2, "head_dim": 64, "map_dim": 16, "window": 64, "sinks": 4,
-           "dtype": dtype, **GPU_CASES[name]})  # fmt: skip
+           "dtype": dtype, **GPU_CASES[name]}, frozen=frozen)  # fmt: skip
 
 
 @pytest.mark.gpu
@@ -193,7 +264,8 @@ def test_every_config(entry, head_dim):
         "sinks": 4,
     }
     for extra in ({}, {"pad": "left", "cuts": (300,)}, {"decay": True}):
-        check({**shape, **extra, "dtype": entry[0]}, config=CONFIGS[entry])
+        for frozen in ((), ("q", "k", "v")):
+            check({**shape, **extra, "dtype": entry[0]}, config=CONFIGS[entry], frozen=frozen)
 
 
 def test_dispatch_forces_and_refuses(monkeypatch):

@@ -21,12 +21,16 @@ WAYS = [
 LIMIT = 5e-3
 
 
-def trained(s: Shape, backward: str) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """Output of a training forward on random inputs, these inputs, and a gradient of the output."""
+def trained(s: Shape, backward: str, frozen=()) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """Output of a training forward on random inputs, those that want gradients, and a gradient of the output."""
     inputs, grad = draw(s)
-    leaves = [x.requires_grad_() for x in inputs.values()]
+    leaves = [x.requires_grad_() for name, x in inputs.items() if name not in frozen]
     options = dict(scaling=s.D**-0.5, window=s.window, sinks=s.sinks)
-    return attention_training(*leaves, **options, backward=backward), leaves, grad
+    return attention_training(*inputs.values(), **options, backward=backward), leaves, grad
+
+
+def gradients_of(out, leaves, grad):
+    return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
 def cuda_call(s: Shape, defines: dict):
@@ -75,8 +79,8 @@ def main(argv=None) -> int:
     parser.add_argument("--default-only", action="store_true", help="not the other ways to build")
     choice = parser.parse_args(argv)
     s, wrong = SHAPES[choice.shape]._replace(T=choice.length, B=choice.tokens // choice.length), 0
-    out, leaves, grad = trained(s, "triton")
-    show("Triton", lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), "")
+    for frozen in ((), ("q", "k", "v")):
+        show("Triton" + ", q, k, v frozen" * bool(frozen), gradients_of(*trained(s, "triton", frozen)), "")
     for defines in WAYS[: 1 if choice.default_only else None]:
         error = error_of(s, defines)
         wrong += not error < LIMIT

@@ -43,11 +43,13 @@ def query_gradient_kernel(
     length, window, sinks, heads, group, far_group, span, num_chunks, num_spans, num_features, scale, scaling,
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, FP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, FB: tl.constexpr, FN: tl.constexpr, CHUNK: tl.constexpr,
-    SPANS: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
+    SPANS: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr, REST: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BM queries of one head: gradients of q, q_far, gate, part of log_decay's; delta.
+    """One tile of BM queries of one head: gradients of q (EXACT), q_far, gate, part of log_decay's; delta.
 
-    With CHUNK above 0, far keys before the last whole chunk come in through their sums; then without decay.
+    With CHUNK above 0, far keys before the last whole chunk come in through their sums; then without decay. Without
+    EXACT, exact pairs are still weighed, where there are far ones too: delta's correction needs them (at the end).
     """
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
@@ -121,6 +123,10 @@ def query_gradient_kernel(
     acc_exact = tl.zeros([BM], tl.float32)
     x_exact = load_tile(q + b * q_b + h * q_h, q_t, start, length, BM, D, DP)
     sink_low, sink_end = sink_range(start, length, sinks, first, last, sinks_before, BM, PLAIN)
+    if not EXACT:
+        any_far = tl.max(tl.where(far_weight != 0, 1, 0), 0) > 0
+        sink_end, end = tl.where(any_far, sink_end, sink_low), tl.where(any_far, end, near)
+        inside = tl.minimum(inside, end)
     for n in range(sink_low, sink_end, SINK_TILE):
         slots, is_slot = sink_slots(n, sink_end, sink_list, PLAIN)
         x_keys = gather_tile(k, k_t, slots, is_slot, SINK_TILE, D, DP)
@@ -131,7 +137,8 @@ def query_gradient_kernel(
         slopes = weights * (tl.dot(x_grad, tl.trans(values), input_precision=PRECISION) - x_delta[:, None])
         acc_weight += tl.sum(weights, 1)
         acc_exact += tl.sum(slopes, 1)
-        acc_q = tl.dot(slopes.to(dtype), x_keys, acc_q, input_precision=PRECISION)
+        if EXACT:
+            acc_q = tl.dot(slopes.to(dtype), x_keys, acc_q, input_precision=PRECISION)
     for n in range(near, inside):
         key_start = n * BN
         keys = key_start + tl.arange(0, BN)[None, :]
@@ -146,7 +153,8 @@ def query_gradient_kernel(
         slopes = weights * dp
         acc_weight += tl.sum(weights, 1)
         acc_exact += tl.sum(slopes, 1)
-        acc_q = tl.dot(slopes.to(dtype), x_keys, acc_q, input_precision=PRECISION)
+        if EXACT:
+            acc_q = tl.dot(slopes.to(dtype), x_keys, acc_q, input_precision=PRECISION)
         x = tl.dot(x_q, tl.trans(x_k), input_precision=PRECISION)
         factor = tl.where(visible & (queries - keys >= window), 1.0, 0.0)
         if DECAY:
@@ -169,9 +177,11 @@ def query_gradient_kernel(
         slopes = weights * (tl.dot(x_grad, tl.trans(values), input_precision=PRECISION) - x_delta[:, None])
         acc_weight += tl.sum(weights, 1)
         acc_exact += tl.sum(slopes, 1)
-        acc_q = tl.dot(slopes.to(dtype), x_keys, acc_q, input_precision=PRECISION)
+        if EXACT:
+            acc_q = tl.dot(slopes.to(dtype), x_keys, acc_q, input_precision=PRECISION)
 
-    store_tile(dq + b * dq_b + h * dq_h, dq_t, start, length, acc_q * scaling, BM, D, DP)
+    if EXACT:
+        store_tile(dq + b * dq_b + h * dq_h, dq_t, start, length, acc_q * scaling, BM, D, DP)
     store_tile(dq_far + b * dqf_b + h * dqf_h, dqf_t, start, length, acc_far * far_weight[:, None], BM, F, FP)
     # Sums of a row's slopes are small differences. `out`, a sum of rounded weights, gives delta too coarsely
     # for them; the slopes' own sum says by how much, as the true ones add up to nothing. (The weights add up
@@ -192,9 +202,9 @@ def key_gradient_kernel(
     length, window, sinks, heads, group, far_group, span, num_chunks, num_spans, num_features, scale, scaling,
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, FP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, FB: tl.constexpr, FN: tl.constexpr, CHUNK: tl.constexpr,
-    SPANS: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    SPANS: tl.constexpr, PLAIN: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BN keys of one kv head: gradients of k, v and k_far, summed over the group's query heads.
+    """One tile of BN keys of one kv head: gradients of k_far and (EXACT) of k and v, over the group's query heads.
 
     Scores are transposed, [BN, BM]. far_group query heads share one k_far: group of them, or 1. With CHUNK above 0,
     queries from the first whole chunk that all have out of their windows come in through their sums. In a plain batch
@@ -222,83 +232,90 @@ def key_gradient_kernel(
         near_end = tl.minimum(near_end, far_end)
     # Tiles of queries that have all these keys in their windows.
     inside_end = tl.minimum(tl.maximum((start + window) // BM, low), near_end)
+    first_far = near_end if EXACT else inside_end  # far pairs before it come with the exact pairs of their tiles
 
-    x_keys = load_tile(k + b * k_b + g * k_h, k_t, start, length, BN, D, DP)
+    if EXACT:
+        x_keys = load_tile(k + b * k_b + g * k_h, k_t, start, length, BN, D, DP)
+        acc_k = tl.zeros([BN, DP], tl.float32)
     values = load_tile(v + b * v_b + g * v_h, v_t, start, length, BN, V, VP)
-    acc_k = tl.zeros([BN, DP], tl.float32)
     acc_v = tl.zeros([BN, VP], tl.float32)
     acc_far = tl.zeros([BN, FP], tl.float32)
-    for head in range(group):
-        h = g * group + head
-        far_head = h // far_group
-        x_k = load_tile(k_far + b * kf_b + far_head * kf_h, kf_t, start, length, BN, F, FP)
-        rate = 0.0
-        if DECAY:
-            rate = tl.load(log_decay + far_head) * 1.4426950408889634
-        head_q, head_far, head_grad = (
-            q + b * q_b + h * q_h,
-            q_far + b * qf_b + h * qf_h,
-            grad + b * do_b + h * do_h,
-        )
-        scalars = (b * heads + h) * length
-        exact_end = inside_end
-        if has_sink:
-            exact_end = end
-        for tile in range(low, exact_end):
-            spots = tile * BM + tl.arange(0, BM)
-            visible = sink_pairs(spots[None, :], keys, length, sinks, segments, codes, PLAIN)
-            ordinary = ordinary_pairs(spots[None, :], keys, length, sinks, segments, codes, PLAIN)
-            visible |= ordinary & (tile < inside_end)
-            x_lse = tl.load(lse + scalars + spots, mask=spots < length, other=float("inf"))
-            x_delta = tl.load(delta + scalars + spots, mask=spots < length, other=0.0)
-            x_exact = load_tile(head_q, q_t, tile * BM, length, BM, D, DP)
-            x_grad = load_tile(head_grad, do_t, tile * BM, length, BM, V, VP).to(dtype)
-            scores = tl.dot(x_keys, tl.trans(x_exact), input_precision=PRECISION)
-            weights = tl.exp2(tl.where(visible, scores * scale, float("-inf")) - x_lse[None, :])
-            acc_v = tl.dot(weights.to(dtype), x_grad, acc_v, input_precision=PRECISION)
-            dp = tl.dot(values, tl.trans(x_grad), input_precision=PRECISION) - x_delta[None, :]
-            acc_k = tl.dot((weights * dp).to(dtype), x_exact, acc_k, input_precision=PRECISION)
-        for tile in range(inside_end, near_end):
-            spots = tile * BM + tl.arange(0, BM)
-            queries = spots[None, :]
-            inside = spots < length
-            visible = ordinary_pairs(queries, keys, length, sinks, segments, codes, PLAIN)
-            exact = visible & (queries - keys < window)
-            x_lse = tl.load(lse + scalars + spots, mask=inside, other=float("inf"))
-            x_delta = tl.load(delta + scalars + spots, mask=inside, other=0.0)
-            far_weight = tl.load(weight + scalars + spots, mask=inside, other=0.0)
-            x_exact = load_tile(head_q, q_t, tile * BM, length, BM, D, DP)
-            x_grad = load_tile(head_grad, do_t, tile * BM, length, BM, V, VP).to(dtype)
-            scores = tl.dot(x_keys, tl.trans(x_exact), input_precision=PRECISION)
-            weights = tl.exp2(tl.where(exact, scores * scale, float("-inf")) - x_lse[None, :])
-            x_q = load_tile(head_far, qf_t, tile * BM, length, BM, F, FP)
-            x = tl.dot(x_k, tl.trans(x_q), input_precision=PRECISION)
-            factor = tl.where(visible & (queries - keys >= window), far_weight[None, :], 0.0)
+    if EXACT:
+        for head in range(group):
+            h = g * group + head
+            far_head = h // far_group
+            x_k = load_tile(k_far + b * kf_b + far_head * kf_h, kf_t, start, length, BN, F, FP)
+            rate = 0.0
             if DECAY:
-                factor *= tl.exp2(rate * tl.maximum(queries - keys, 0))
-            both = (weights + factor * (1.0 + x + 0.5 * x * x)).to(dtype)
-            acc_v = tl.dot(both, x_grad, acc_v, input_precision=PRECISION)
-            dp = tl.dot(values, tl.trans(x_grad), input_precision=PRECISION) - x_delta[None, :]
-            acc_k = tl.dot((weights * dp).to(dtype), x_exact, acc_k, input_precision=PRECISION)
-            acc_far = tl.dot((factor * (1.0 + x) * dp).to(dtype), x_q, acc_far, input_precision=PRECISION)
-        if far_group < group:  # each head has a k_far of its own: park its sum
-            store_tile(dk_far + b * dkf_b + far_head * dkf_h, dkf_t, start, length, acc_far, BN, F, FP)
-            acc_far = tl.zeros([BN, FP], tl.float32)
-    store_tile(dk + b * dk_b + g * dk_h, dk_t, start, length, acc_k * scaling, BN, D, DP)
+                rate = tl.load(log_decay + far_head) * 1.4426950408889634
+            head_q, head_far, head_grad = (
+                q + b * q_b + h * q_h,
+                q_far + b * qf_b + h * qf_h,
+                grad + b * do_b + h * do_h,
+            )
+            scalars = (b * heads + h) * length
+            exact_end = inside_end
+            if has_sink:
+                exact_end = end
+            for tile in range(low, exact_end):
+                spots = tile * BM + tl.arange(0, BM)
+                visible = sink_pairs(spots[None, :], keys, length, sinks, segments, codes, PLAIN)
+                ordinary = ordinary_pairs(spots[None, :], keys, length, sinks, segments, codes, PLAIN)
+                visible |= ordinary & (tile < inside_end)
+                x_lse = tl.load(lse + scalars + spots, mask=spots < length, other=float("inf"))
+                x_delta = tl.load(delta + scalars + spots, mask=spots < length, other=0.0)
+                x_exact = load_tile(head_q, q_t, tile * BM, length, BM, D, DP)
+                x_grad = load_tile(head_grad, do_t, tile * BM, length, BM, V, VP).to(dtype)
+                scores = tl.dot(x_keys, tl.trans(x_exact), input_precision=PRECISION)
+                weights = tl.exp2(tl.where(visible, scores * scale, float("-inf")) - x_lse[None, :])
+                acc_v = tl.dot(weights.to(dtype), x_grad, acc_v, input_precision=PRECISION)
+                dp = tl.dot(values, tl.trans(x_grad), input_precision=PRECISION) - x_delta[None, :]
+                acc_k = tl.dot((weights * dp).to(dtype), x_exact, acc_k, input_precision=PRECISION)
+            for tile in range(inside_end, near_end):
+                spots = tile * BM + tl.arange(0, BM)
+                queries = spots[None, :]
+                inside = spots < length
+                visible = ordinary_pairs(queries, keys, length, sinks, segments, codes, PLAIN)
+                exact = visible & (queries - keys < window)
+                x_lse = tl.load(lse + scalars + spots, mask=inside, other=float("inf"))
+                x_delta = tl.load(delta + scalars + spots, mask=inside, other=0.0)
+                far_weight = tl.load(weight + scalars + spots, mask=inside, other=0.0)
+                x_exact = load_tile(head_q, q_t, tile * BM, length, BM, D, DP)
+                x_grad = load_tile(head_grad, do_t, tile * BM, length, BM, V, VP).to(dtype)
+                scores = tl.dot(x_keys, tl.trans(x_exact), input_precision=PRECISION)
+                weights = tl.exp2(tl.where(exact, scores * scale, float("-inf")) - x_lse[None, :])
+                x_q = load_tile(head_far, qf_t, tile * BM, length, BM, F, FP)
+                x = tl.dot(x_k, tl.trans(x_q), input_precision=PRECISION)
+                factor = tl.where(visible & (queries - keys >= window), far_weight[None, :], 0.0)
+                if DECAY:
+                    factor *= tl.exp2(rate * tl.maximum(queries - keys, 0))
+                both = (weights + factor * (1.0 + x + 0.5 * x * x)).to(dtype)
+                acc_v = tl.dot(both, x_grad, acc_v, input_precision=PRECISION)
+                dp = tl.dot(values, tl.trans(x_grad), input_precision=PRECISION) - x_delta[None, :]
+                acc_k = tl.dot((weights * dp).to(dtype), x_exact, acc_k, input_precision=PRECISION)
+                acc_far = tl.dot((factor * (1.0 + x) * dp).to(dtype), x_q, acc_far, input_precision=PRECISION)
+            if far_group < group:  # each head has a k_far of its own: park its sum
+                store_tile(dk_far + b * dkf_b + far_head * dkf_h, dkf_t, start, length, acc_far, BN, F, FP)
+                acc_far = tl.zeros([BN, FP], tl.float32)
+        store_tile(dk + b * dk_b + g * dk_h, dk_t, start, length, acc_k * scaling, BN, D, DP)
 
-    tl.debug_barrier()  # what was parked is read by other threads
+        tl.debug_barrier()  # what was parked is read by other threads
     for head in range(group):
         h = g * group + head
         far_head = h // far_group
         x_k = load_tile(k_far + b * kf_b + far_head * kf_h, kf_t, start, length, BN, F, FP)
         if far_group < group:
-            acc_far = load_tile(dk_far + b * dkf_b + far_head * dkf_h, dkf_t, start, length, BN, F, FP).to(tl.float32)
+            if EXACT:
+                parked = dk_far + b * dkf_b + far_head * dkf_h
+                acc_far = load_tile(parked, dkf_t, start, length, BN, F, FP).to(tl.float32)
+            else:
+                acc_far = tl.zeros([BN, FP], tl.float32)
         rate = 0.0
         if DECAY:
             rate = tl.load(log_decay + far_head) * 1.4426950408889634
         head_far, head_grad = q_far + b * qf_b + h * qf_h, grad + b * do_b + h * do_h
         scalars = (b * heads + h) * length
-        for tile in range(near_end, far_end):
+        for tile in range(first_far, far_end):
             spots = tile * BM + tl.arange(0, BM)
             queries = spots[None, :]
             inside = spots < length
@@ -308,11 +325,14 @@ def key_gradient_kernel(
             x = tl.dot(x_k, tl.trans(x_q), input_precision=PRECISION)
             x_grad = load_tile(head_grad, do_t, tile * BM, length, BM, V, VP).to(dtype)
             visible = ordinary_pairs(queries, keys, length, sinks, segments, codes, PLAIN)
+            if not EXACT:
+                visible = visible & (queries - keys >= window)
             factor = tl.where(visible, far_weight[None, :], 0.0)
             if DECAY:
                 factor *= tl.exp2(rate * tl.maximum(queries - keys, 0))
-            weights = (factor * (1.0 + x + 0.5 * x * x)).to(dtype)
-            acc_v = tl.dot(weights, x_grad, acc_v, input_precision=PRECISION)
+            if EXACT:
+                weights = (factor * (1.0 + x + 0.5 * x * x)).to(dtype)
+                acc_v = tl.dot(weights, x_grad, acc_v, input_precision=PRECISION)
             dp = tl.dot(values, tl.trans(x_grad), input_precision=PRECISION) - x_delta[None, :]
             acc_far = tl.dot((factor * (1.0 + x) * dp).to(dtype), x_q, acc_far, input_precision=PRECISION)
         if CHUNK > 0:
@@ -336,8 +356,9 @@ def key_gradient_kernel(
                     summed = load_sums(sums + row * V, base_sums + base * V, n, num_features, base_size, 1.0, V, FB, VP,
                                        SPANS).to(dtype)  # fmt: skip
                     norm = load_norms(norms + row, base_norms + base, n, num_features, base_size, 1.0, FB, SPANS)
-                    features = (left * right * seen[:, None]).to(dtype)
-                    acc_v = tl.dot(features, summed, acc_v, input_precision=PRECISION)
+                    if EXACT:
+                        features = (left * right * seen[:, None]).to(dtype)
+                        acc_v = tl.dot(features, summed, acc_v, input_precision=PRECISION)
                     slopes = tl.dot(values, tl.trans(summed), input_precision=PRECISION) + norm[None, :]
                     slopes *= seen[:, None]
                     acc_far = put((slopes * right).to(dtype), picks, 0, n, acc_far, FP, FN, FB, PRECISION)
@@ -345,46 +366,7 @@ def key_gradient_kernel(
         if far_group < group:
             store_tile(dk_far + b * dkf_b + far_head * dkf_h, dkf_t, start, length, acc_far, BN, F, FP)
 
-    store_tile(dv + b * dv_b + g * dv_h, dv_t, start, length, acc_v, BN, V, VP)
+    if EXACT:
+        store_tile(dv + b * dv_b + g * dv_h, dv_t, start, length, acc_v, BN, V, VP)
     if far_group == group:
         store_tile(dk_far + b * dkf_b + g * dkf_h, dkf_t, start, length, acc_far, BN, F, FP)
-
-
-@triton.jit(do_not_specialize=["length", "span", "sinks", "heads", "group"])
-def sink_gradient_kernel(
-    q, k, v, grad, lse, delta, dk, dv,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, length, span, sinks, heads, group, scale, scaling,
-    D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Sixteen sinks of one kv head of a plain batch, for `span` queries: parts of their gradients.
-
-    dk [S, B * G, sinks, D] and dv [S, B * G, sinks, V] float32, one part a span: every query sees the sinks, so that
-    one program for all of them would take as long as the text.
-    """
-    s, bg, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    kv_heads, first = heads // group, tl.program_id(2) * SINK_TILE
-    b, g = (bg // kv_heads).to(tl.int64), (bg % kv_heads).to(tl.int64)
-    dtype = q.dtype.element_ty
-    keys = (first + tl.arange(0, SINK_TILE))[:, None]
-    x_keys = load_tile(k + b * k_b + g * k_h, k_t, first, sinks, SINK_TILE, D, DP)
-    values = load_tile(v + b * v_b + g * v_h, v_t, first, sinks, SINK_TILE, V, VP)
-    acc_k = tl.zeros([SINK_TILE, DP], tl.float32)
-    acc_v = tl.zeros([SINK_TILE, VP], tl.float32)
-    for head in range(group):
-        h = g * group + head
-        scalars = (b * heads + h) * length
-        for start in range(s * span, tl.minimum((s + 1) * span, length), BM):
-            spots = start + tl.arange(0, BM)
-            x_lse = tl.load(lse + scalars + spots, mask=spots < length, other=float("inf"))
-            x_delta = tl.load(delta + scalars + spots, mask=spots < length, other=0.0)
-            x_exact = load_tile(q + b * q_b + h * q_h, q_t, start, length, BM, D, DP)
-            x_grad = load_tile(grad + b * do_b + h * do_h, do_t, start, length, BM, V, VP).to(dtype)
-            scores = tl.dot(x_keys, tl.trans(x_exact), input_precision=PRECISION) * scale
-            visible = (spots[None, :] >= keys) & (keys < sinks)
-            weights = tl.exp2(tl.where(visible, scores, float("-inf")) - x_lse[None, :])
-            acc_v = tl.dot(weights.to(dtype), x_grad, acc_v, input_precision=PRECISION)
-            dp = tl.dot(values, tl.trans(x_grad), input_precision=PRECISION) - x_delta[None, :]
-            acc_k = tl.dot((weights * dp).to(dtype), x_exact, acc_k, input_precision=PRECISION)
-    part = (s * num_heads + bg).to(tl.int64) * sinks
-    store_tile(dk + part * D, D, first, sinks, acc_k * scaling, SINK_TILE, D, DP)
-    store_tile(dv + part * V, V, first, sinks, acc_v, SINK_TILE, V, VP)

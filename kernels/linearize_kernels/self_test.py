@@ -100,15 +100,25 @@ def _prefill_results(inputs, options, cuda):
 
 
 def _training_results(inputs, options, grad, backward, cuda):
+    """Output and gradients, then (Triton's backward is another program there) those with q, k and v frozen."""
     from .training import attention_training
 
     parts = {part: "cuda" if part == cuda else "triton" for part in ("forward", "backward")}
-    results, trained = [], functools.partial(attention_training, **parts)
+    expected = _gradients(attention_quadratic, inputs, options, grad.double(), backward)
+    trained = functools.partial(attention_training, **parts)
+    got = _gradients(trained, inputs, options, grad, backward)
+    if backward and cuda != "backward":
+        frozen = ("q", "k", "v")
+        got += _gradients(trained, inputs, options, grad, True, frozen)
+        expected += [expected[0], *expected[1 + len(frozen) :]]
+    return expected, got
+
+
+def _gradients(function, inputs, options, grad, backward, frozen=()) -> list:
+    """Output and, with backward, the gradients of all inputs but `frozen`, in grad's dtype."""
     with torch.set_grad_enabled(backward):
-        for function, kind in ((attention_quadratic, torch.float64), (trained, grad.dtype)):
-            leaves = {n: x.to(kind).requires_grad_(backward) for n, x in inputs.items()}
-            out = function(**leaves, **options)
-            out = out[0] if isinstance(out, tuple) else out
-            gradients = torch.autograd.grad(out, list(leaves.values()), grad.to(kind)) if backward else []
-            results.append([out, *gradients])
-    return results
+        given = {n: x.detach().to(grad.dtype).requires_grad_(backward and n not in frozen) for n, x in inputs.items()}
+        out = function(**given, **options)
+        out = out[0] if isinstance(out, tuple) else out
+        leaves = [x for x in given.values() if x.requires_grad]
+        return [out, *(torch.autograd.grad(out, leaves, grad) if backward else [])]

@@ -17,7 +17,7 @@ import math
 import torch
 import triton
 
-from . import forward_kernels, gradient_kernels
+from . import forward_kernels, gradient_kernels, sink_gradient_kernels
 from .configs import Tiles, config_for, padded, precision
 from .cuda_backward import attention_backward_cuda
 from .cuda_prefill import attention_forward_cuda, attention_prefill_cuda
@@ -38,6 +38,7 @@ def attention_training(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, v
 
     q, k, v of one dtype, float32 or bfloat16; the others of any. Differentiable once in q, k, v, q_far,
     k_far, gate and log_decay. valid and segments as in the reference, the slots of a segment side by side.
+    Where neither q, k nor v needs a gradient, Triton's backward skips all that only theirs need.
     config: one of CONFIGS' values, for measurements. forward, backward: "triton" or "cuda" does it; "auto": CUDA where
     `can_forward_cuda` and `can_backward_cuda` agree.
     """
@@ -187,15 +188,16 @@ class _Attention(torch.autograd.Function):
         length, rates = q.shape[2], gate if decay is None else decay
         delta, weight, dgate = (torch.empty_like(lse) for _ in range(3))
         ddecay = delta if decay is None else torch.empty_like(lse)
-        dq, dk, dv = (_like(x, x.shape) for x in (q, k, v))
-        parked = k_far.shape[1] > k.shape[1]  # dk_far is then added to in memory
+        exact = any(ctx.needs_input_grad[:3])  # in matching q, k and v are a frozen model's
+        dq, dk, dv = (_like(x, x.shape) if exact else x for x in (q, k, v))  # not exact: never written
+        parked = exact and k_far.shape[1] > k.shape[1]  # dk_far is then added to in memory
         dq_far = _like(q_far, q_far.shape, far_dtypes[0])
         dk_far = _like(k_far, k_far.shape, torch.float32 if parked else far_dtypes[1])
         scale, heads = scaling * math.log2(math.e), _heads(q, k, k_far)
         picks = make_picks(q_far.shape[-1], q.dtype, q.device)
 
         def constants(tiles):
-            return _constants(q, v, q_far, plan, sums, decay, tiles)
+            return dict(_constants(q, v, q_far, plan, sums, decay, tiles), EXACT=exact)
 
         tiles = config.query_gradient
         gradient_kernels.query_gradient_kernel[(triton.cdiv(length, tiles.queries), q.shape[0] * q.shape[1])](
@@ -214,15 +216,15 @@ class _Attention(torch.autograd.Function):
             *_strides(q, k, v, q_far, k_far, grad, dk, dv, dk_far),
             length, window, sinks, *heads, *sums.sizes(), picks.num_features, scale, scaling, **constants(tiles),
         )  # fmt: skip
-        if plan.plain and sinks:
+        if exact and plan.plain and sinks:
             _put_sink_gradients(dk, dv, q, k, v, grad, lse, delta, sinks=sinks, scale=scale, scaling=scaling)
         if decay is None:
             ddecay = None
         else:
             per_head = ddecay.sum((0, 2))  # [H]
             ddecay = per_head.unflatten(0, (k_far.shape[1], -1)).sum(1)
-        gradients = dq, dk, dv, dq_far, dk_far.to(far_dtypes[1]), dgate.to(gate.dtype), ddecay
-        return *gradients, *[None] * 8
+        gradients = dq_far, dk_far.to(far_dtypes[1]), dgate.to(gate.dtype), ddecay
+        return *((dq, dk, dv) if exact else [None] * 3), *gradients, *[None] * 8
 
 
 def _put_sink_gradients(dk, dv, q, k, v, grad, lse, delta, *, sinks, scale, scaling):
@@ -231,8 +233,8 @@ def _put_sink_gradients(dk, dv, q, k, v, grad, lse, delta, *, sinks, scale, scal
     sinks = min(sinks, length)
     parts = (triton.cdiv(length, SINK_SPAN), batch, groups, sinks)
     part_k, part_v = (k.new_empty(*parts, size, dtype=torch.float32) for size in (head_dim, value_dim))
-    heads, tiles = q.shape[1], triton.cdiv(sinks, gradient_kernels.SINK_TILE.value)
-    gradient_kernels.sink_gradient_kernel[(parts[0], batch * groups, tiles)](
+    heads, tiles = q.shape[1], triton.cdiv(sinks, sink_gradient_kernels.SINK_TILE.value)
+    sink_gradient_kernels.sink_gradient_kernel[(parts[0], batch * groups, tiles)](
         q, k, v, grad, lse, delta, part_k, part_v, *_strides(q, k, v, grad),
         length, SINK_SPAN, sinks, heads, heads // groups, scale, scaling,
         D=head_dim, V=value_dim, DP=padded(head_dim), VP=padded(value_dim), BM=32 if q.dtype == torch.float32 else 64,
