@@ -45,9 +45,9 @@ __device__ __forceinline__ void multiply_grads(Scores& dp, const unsigned (&rows
     multiply_rows(dp, rows_grad, values, turn, lane);
 }
 
-// One tile of 16 keys, exact: weights where visible(row, key), slopes; dq += slopes · keys unless FROZEN. Leaves dp for
+// One tile of 16 keys, exact: weights where visible(row, key), slopes; dq += slopes · keys unless FIXED. Leaves dp for
 // the far term.
-template <bool FROZEN, class QueryRows, class Visible>
+template <bool FIXED, class QueryRows, class Visible>
 __device__ __forceinline__ void exact_queries(float (&dq)[8][4], QuerySums& sums, Scores& dp,
                                               const unsigned (&rows_grad)[4][4], const QueryRows& rows_q,
                                               const unsigned char* keys, const unsigned char* values, unsigned turn,
@@ -67,7 +67,7 @@ __device__ __forceinline__ void exact_queries(float (&dq)[8][4], QuerySums& sums
         sums.weights[r] += weight;
         sums.slopes[r] += scores[i];
     }
-    if (FROZEN) return;
+    if (FIXED) return;
     pack_weights(packed, scores);
     add_values(dq, packed, keys, turn, lane);
 }
@@ -159,9 +159,9 @@ struct KeyGradients {
     float k[8][4], v[8][4], k_far[2][4];
 };
 
-// What one tile of 16 queries gives to 16 keys, exactly and by T(x); unless FROZEN, k and v too. numbers: lse, delta,
+// What one tile of 16 queries gives to 16 keys, exactly and by T(x); unless FIXED, k and v too. numbers: lse, delta,
 // weight of the queries, CHUNK apart. far(key, query), exact(key, query): which pairs.
-template <bool EXACT, bool FAR, bool FROZEN, class KeyRows, class Exact, class Far>
+template <bool EXACT, bool FAR, bool FIXED, class KeyRows, class Exact, class Far>
 __device__ __forceinline__ void add_queries(KeyGradients& to, const KeyRows& keys, const KeyRows& values,
                                             const unsigned char* queries, const unsigned char* grads,
                                             unsigned turn, const float* numbers, const unsigned (&mapped)[4],
@@ -206,7 +206,7 @@ __device__ __forceinline__ void add_queries(KeyGradients& to, const KeyRows& key
         pack_weights(packed, x);
         add_mapped(to.k_far, packed, queries_far, lane);
     }
-    if (FROZEN) return;
+    if (FIXED) return;
     pack_weights(packed, weights);
     add_values(to.v, packed, grads, turn, lane);
 }

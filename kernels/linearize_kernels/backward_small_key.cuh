@@ -1,0 +1,165 @@
+// The pass over keys of backward_small.cu: a tile of 64 keys of one kv head, sixteen a warp, and all of its query heads.
+// Scores are transposed: rows are keys, columns queries.
+#pragma once
+
+namespace small_key {
+
+// Two stages of queries and gradients; before the first tile moves on, k and v lie in the second one.
+constexpr unsigned Q_AT = 0, GRAD_AT = Q_AT + 2 * TILE, K_AT = Q_AT + TILE, V_AT = GRAD_AT + TILE;
+constexpr unsigned SUM_AT = GRAD_AT + 2 * TILE, Q_FAR_AT = SUM_AT + SINK_TILE, K_FAR_AT = Q_FAR_AT + 2 * SMALL_FAR;
+constexpr unsigned NUMBERS_AT = K_FAR_AT + SMALL_FAR, NUMBERS = 3 * CHUNK * 4, BYTES = NUMBERS_AT + 2 * NUMBERS;
+static_assert(BYTES == 39424, "cuda_backward_small.py says so");
+
+struct Inputs {
+    Rows k, v, k_far, q;
+    int q_head;
+    Rows q_far;
+    int q_far_head;
+    Rows grad;
+    int grad_head;
+    const float *lse, *delta, *weight;
+    const int *firsts, *lasts;
+    const bf16* sums;
+    const float* norms;
+};
+
+// What a warp knows of its sixteen rows; of a lane's two rows where there are two.
+struct Keys {
+    KeptRows k, v;
+    unsigned mapped[4];
+    int last[2];          // slots of their texts
+    bool is_sink[2];
+    int token;            // the first row's slot
+    int end, shortest;    // the largest last slot of a row, the smallest
+    bool any_sink;
+
+    __device__ int last_of_row(int row) const { return row & 8 ? last[1] : last[0]; }
+    __device__ bool is_sink_row(int row) const { return row & 8 ? is_sink[1] : is_sink[0]; }
+};
+
+struct Yes { static constexpr bool value = true; };
+struct No { static constexpr bool value = false; };
+
+// Sixteen queries from slot `query`, at a place in shared memory. by_pairs: far ones count here, not by a sum.
+__device__ __forceinline__ void attend_queries(KeyGradients& to, const Keys& x, const unsigned char* queries,
+                                               const unsigned char* grads, const unsigned char* queries_far,
+                                               unsigned turn, const float* numbers, int query, bool by_pairs,
+                                               int window, float scale, int lane) {
+    int apart = query - x.token;  // of the first query and the first key
+    bool any_far = by_pairs && apart + 15 >= window, any_exact = apart - 15 < window || x.any_sink;
+    if (apart < -15 || query > x.end || (!any_far && (FROZEN || !any_exact))) return;
+    auto all = [](int, int) { return true; };
+    auto exact = [&](int key, int n) {
+        int distance = apart + n - key;
+        return distance >= 0 && query + n <= x.last_of_row(key) && (distance < window || x.is_sink_row(key));
+    };
+    auto far = [&](int key, int n) {
+        return apart + n - key >= window && query + n <= x.last_of_row(key) && !x.is_sink_row(key);
+    };
+    auto add = [&](auto is_exact, auto is_far, auto sees) {
+        add_queries<decltype(is_exact)::value, decltype(is_far)::value, FROZEN>(
+            to, x.k, x.v, queries, grads, turn, numbers, x.mapped, queries_far, scale, sees, far, lane);
+    };
+    if (FROZEN || !any_exact)
+        add(No(), Yes(), all);
+    else if (any_far)
+        add(Yes(), Yes(), exact);
+    else if (apart >= 15 && apart + 15 < window && query + 15 <= x.shortest)
+        add(Yes(), No(), all);
+    else
+        add(Yes(), No(), exact);
+}
+
+// What the sum over newer queries gives, where seen, to mapped keys and (unless FROZEN) to values.
+__device__ __forceinline__ void newer_queries(KeyGradients& to, float (&summed)[2], const Keys& x,
+                                              const unsigned char* far_rows, const unsigned char* sum,
+                                              const float* norm, const bool (&seen)[2], int lane) {
+    Entries entries;
+    const float factor[2] = {1, 1};
+    float unused[2] = {};
+    load_entries(entries, far_rows, lane);
+    sum_gradient(summed, unused, x.v.rows, entries, sum, norm, factor, seen, lane);
+    if (FROZEN) return;
+    unsigned a[4];
+    make_small_features(a, entries, lane & 3);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (!seen[i & 1]) a[i] = 0;
+    add_values(to.v, a, sum, 0, lane);
+}
+
+__device__ __forceinline__ void attend(unsigned char* shared, const Inputs& from, bf16* dk, int dk_stride, bf16* dv,
+                                       int dv_stride, far_t* dk_far, int dk_far_stride, int tile, int length, int group,
+                                       int window, int sinks, float scale, float scaling, int thread) {
+    int block = thread / 32, lane = thread % 32, start = tile * CHUNK, row = 16 * block, g = lane >> 2;
+    int newest = min(start + CHUNK, length) - 1, end = last_of(from.lasts, newest, length);
+    int chunk = (start + window + 2 * CHUNK - 2) / CHUNK, boundary = chunk * CHUNK;  // queries from it on are far, or none
+    bool has_sum = end >= boundary, has_sinks = !FROZEN && first_of(from.firsts, newest) + sinks > start;
+    int low = FROZEN ? (start + window) / CHUNK : tile;
+    int count = max((has_sinks ? end : min(end, boundary - 1)) / CHUNK - low + 1, 0), steps = count * group;
+    auto load = [&](int step) {
+        int head = step / count, j = low + step % count, stage = step & 1;
+        long long numbers = (long long)head * length;
+        Rows q = {from.q.at + (long long)head * from.q_head, from.q.stride};
+        Rows q_far = {from.q_far.at + (long long)head * from.q_far_head, from.q_far.stride};
+        Rows grad = {from.grad.at + (long long)head * from.grad_head, from.grad.stride};
+        if (!FROZEN) copy_tile(shared + Q_AT + stage * TILE, q, j * CHUNK, CHUNK, 0, length, 0, thread);
+        copy_tile(shared + GRAD_AT + stage * TILE, grad, j * CHUNK, CHUNK, 0, length, 0, thread);
+        copy_mapped(shared + Q_FAR_AT + stage * SMALL_FAR, q_far, j * CHUNK, length, thread);
+        load_numbers(reinterpret_cast<float*>(shared + NUMBERS_AT + stage * NUMBERS), from.lse + numbers,
+                     from.delta + numbers, from.weight + numbers, j * CHUNK, length, thread);
+    };
+    if (!FROZEN) copy_tile(shared + K_AT, from.k, start, CHUNK, 0, length, 0, thread);
+    copy_tile(shared + V_AT, from.v, start, CHUNK, 0, length, 0, thread);
+    copy_mapped(shared + K_FAR_AT, from.k_far, start, length, thread);
+    if (has_sum) copy_tile(shared + SUM_AT, {from.sums + (long long)chunk * SMALL_SUM, 64}, 0, 16, 0, 16, 0, thread);
+    if (steps) load(0);
+    Keys x;
+    x.token = start + row;
+    bool seen[2];
+    float is_far[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int key = x.token + g + 8 * r, slot = min(key, length - 1);
+        x.last[r] = last_of(from.lasts, slot, length);
+        x.is_sink[r] = key - first_of(from.firsts, slot) < sinks;
+        seen[r] = x.last[r] >= boundary && !x.is_sink[r];
+        is_far[r] = x.is_sink[r] ? 0.0f : 1.0f;
+    }
+    x.any_sink = __any_sync(ALL_LANES, x.is_sink[0] || x.is_sink[1]);
+    x.end = __shfl_sync(ALL_LANES, x.last[1], 31);
+    x.shortest = __shfl_sync(ALL_LANES, x.last[0], 0);
+    wait_for_copies();
+    meet();
+    if (!FROZEN) load_rows(x.k.rows, shared + K_AT, block, lane);
+    load_rows(x.v.rows, shared + V_AT, block, lane);
+    load_small_mapped(x.mapped, shared + K_FAR_AT + row * MAPPED_ROW, lane);
+    meet();
+    KeyGradients to = {};
+    float summed[2] = {};
+    if (has_sum)
+        newer_queries(to, summed, x, shared + K_FAR_AT + row * MAPPED_ROW, shared + SUM_AT,
+                      from.norms + (long long)chunk * FEATURES, seen, lane);
+#pragma unroll 1
+    for (int step = 0; step < steps; step++) {
+        if (step) {
+            wait_for_copies();
+            meet();
+        }
+        if (step + 1 < steps) load(step + 1);
+        int stage = step & 1, j = low + step % count;
+#pragma unroll 1
+        for (int n = 0; n < 4; n++)
+            attend_queries(to, x, shared + Q_AT + stage * TILE + n * 2048, shared + GRAD_AT + stage * TILE + n * 2048,
+                           shared + Q_FAR_AT + stage * SMALL_FAR + n * 16 * MAPPED_ROW, n % 2 * 64,
+                           reinterpret_cast<const float*>(shared + NUMBERS_AT + stage * NUMBERS) + 16 * n,
+                           j * CHUNK + 16 * n, j < chunk, window, scale, lane);
+    }
+    if (!FROZEN) {
+        store_gradient(dk, dk_stride, to.k, scaling, x.token, length, lane);
+        store_gradient(dv, dv_stride, to.v, 1, x.token, length, lane);
+    }
+    store_small(dk_far, dk_far_stride, to.k_far, summed, is_far, x.token, length, lane);
+}
+
+}  // namespace small_key
