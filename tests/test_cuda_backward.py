@@ -135,9 +135,9 @@ def test_training_takes_it(monkeypatch):
 REFUSED = {
     "head dim": ({"size": 128}, {}, "head dim 128"),
     "few programs": ({"heads": 131}, {}, "131 rows times heads"),
-    "documents": ({"heads": 132}, {"segments": torch.zeros(1, 9)}, "segments"),
+    "texts": ({"heads": 132}, {"segments": torch.zeros(1, 9)}, "segments"),
     "decay": ({"heads": 132}, {"log_decay": torch.zeros(1)}, "log_decay"),
-    "window": ({"heads": 132}, {"window": 32}, "window 32"),
+    "window": ({"heads": 132}, {"window": 32}, "window 32 with map dim 16: 64"),
 }
 
 

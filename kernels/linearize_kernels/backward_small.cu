@@ -40,8 +40,8 @@
 
 // All: 128 threads. Strides in elements: of batch, head, token; rest lies as out. Mapped vectors have 8 numbers, of
 // which the last four are 0. lse, delta, weight, dgate [B, H, T] float32. firsts, lasts [B, T]: slots of each slot's
-// text. S, R [B · G, chunks, 16, 64] bfloat16 and their normalisers [B · G, chunks, 16] float32, at the boundaries
-// before each chunk.
+// text. S [B · G, chunks, 16, 64] and R [B · H, chunks, 16, 64] bfloat16, their normalisers [… , chunks, 16] float32, at
+// the boundaries before each chunk.
 
 // Grid B · G.
 extern "C" __global__ void __launch_bounds__(128) key_sum_kernel(
@@ -49,22 +49,22 @@ extern "C" __global__ void __launch_bounds__(128) key_sum_kernel(
     int v_b, int v_h, int v_t, int length, int groups, int sinks) {
     DYNAMIC_SHARED(shared);
     long long b = blockIdx.x / groups, h = blockIdx.x % groups, chunks = (length + CHUNK - 1) / CHUNK;
-    small_sum::Tokens from = {{k_far + b * kf_b + h * kf_h, kf_t}, 0, {v + b * v_b + h * v_h, v_t}, 0, nullptr, nullptr};
+    small_sum::Tokens from = {{k_far + b * kf_b + h * kf_h, kf_t}, {v + b * v_b + h * v_h, v_t}, nullptr, nullptr};
     small_sum::sum_tokens<false>(shared, from, firsts + b * length, sums + blockIdx.x * chunks * SMALL_SUM,
-                                 norms + blockIdx.x * chunks * FEATURES, length, 1, sinks, threadIdx.x);
+                                 norms + blockIdx.x * chunks * FEATURES, length, sinks, threadIdx.x);
 }
 
-// Grid B · G, H = G · group.
+// Grid B · H.
 extern "C" __global__ void __launch_bounds__(128) query_sum_kernel(
     const bf16* q_far, const bf16* grad, const float* weight, const float* delta, const int* lasts, bf16* sums,
-    float* norms, int qf_b, int qf_h, int qf_t, int do_b, int do_h, int do_t, int length, int groups, int group) {
+    float* norms, int qf_b, int qf_h, int qf_t, int do_b, int do_h, int do_t, int length, int heads) {
     DYNAMIC_SHARED(shared);
-    long long b = blockIdx.x / groups, h = blockIdx.x % groups * group, chunks = (length + CHUNK - 1) / CHUNK;
-    long long numbers = (b * groups * group + h) * length;
-    small_sum::Tokens from = {{q_far + b * qf_b + h * qf_h, qf_t}, qf_h, {grad + b * do_b + h * do_h, do_t}, do_h,
-                              weight + numbers, delta + numbers};
+    long long b = blockIdx.x / heads, h = blockIdx.x % heads, chunks = (length + CHUNK - 1) / CHUNK;
+    long long numbers = (long long)blockIdx.x * length;
+    small_sum::Tokens from = {{q_far + b * qf_b + h * qf_h, qf_t}, {grad + b * do_b + h * do_h, do_t}, weight + numbers,
+                              delta + numbers};
     small_sum::sum_tokens<true>(shared, from, lasts + b * length, sums + blockIdx.x * chunks * SMALL_SUM,
-                                norms + blockIdx.x * chunks * FEATURES, length, group, 0, threadIdx.x);
+                                norms + blockIdx.x * chunks * FEATURES, length, 0, threadIdx.x);
 }
 
 // Grid (tiles of 64 queries, B · H). delta corrected, weight 0 where nothing is far. dq only unless FROZEN.
@@ -100,8 +100,8 @@ extern "C" __global__ void __launch_bounds__(128, KEY_BLOCKS) key_kernel(
     int dk_b, int dk_h, int dk_t, int dv_b, int dv_h, int dv_t, int dkf_b, int dkf_h, int dkf_t, int length,
     int groups, int group, int window, int sinks, float scale, float scaling) {
     DYNAMIC_SHARED(shared);
-    long long b = blockIdx.y / groups, kv = blockIdx.y % groups, h = kv * group, sum = (long long)blockIdx.y * gridDim.x;
-    long long numbers = (b * groups * group + h) * length;
+    long long b = blockIdx.y / groups, kv = blockIdx.y % groups, h = kv * group;
+    long long head = b * groups * group + h, numbers = head * length, sum = head * gridDim.x;
     small_key::Inputs from = {{k + b * k_b + kv * k_h, k_t}, {v + b * v_b + kv * v_h, v_t},
                               {k_far + b * kf_b + kv * kf_h, kf_t}, {q + b * q_b + h * q_h, q_t}, q_h,
                               {q_far + b * qf_b + h * qf_h, qf_t}, qf_h, {grad + b * do_b + h * do_h, do_t}, do_h,

@@ -7,8 +7,9 @@ namespace small_key {
 // Two stages of queries and gradients; before the first tile moves on, k and v lie in the second one.
 constexpr unsigned Q_AT = 0, GRAD_AT = Q_AT + 2 * TILE, K_AT = Q_AT + TILE, V_AT = GRAD_AT + TILE;
 constexpr unsigned SUM_AT = GRAD_AT + 2 * TILE, Q_FAR_AT = SUM_AT + SINK_TILE, K_FAR_AT = Q_FAR_AT + 2 * SMALL_FAR;
-constexpr unsigned NUMBERS_AT = K_FAR_AT + SMALL_FAR, NUMBERS = 3 * CHUNK * 4, BYTES = NUMBERS_AT + 2 * NUMBERS;
-static_assert(BYTES == 39424, "cuda_backward_small.py says so");
+constexpr unsigned NUMBERS_AT = K_FAR_AT + SMALL_FAR, NUMBERS = 3 * CHUNK * 4, NORM_AT = NUMBERS_AT + 2 * NUMBERS;
+constexpr unsigned BYTES = NORM_AT + FEATURES * 4;
+static_assert(BYTES == 39488, "cuda_backward_small.py says so");
 
 struct Inputs {
     Rows k, v, k_far, q;
@@ -70,6 +71,27 @@ __device__ __forceinline__ void attend_queries(KeyGradients& to, const Keys& x, 
         add(Yes(), No(), exact);
 }
 
+// R of all query heads and its normaliser, added up. sums, norms: of the first head; others are `chunks` sums further.
+__device__ __forceinline__ void add_heads(unsigned char* shared, const bf16* sums, const float* norms, int group,
+                                          int chunks, int thread) {
+    float sum[8] = {}, norm = 0;
+#pragma unroll 1
+    for (int head = 0; head < group; head++) {
+        long long at = (long long)head * chunks;
+        uint4 eight = *reinterpret_cast<const uint4*>(sums + at * SMALL_SUM + thread * 8);
+        const unsigned words[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            sum[2 * i] += low_float(words[i]);
+            sum[2 * i + 1] += high_float(words[i]);
+        }
+        if (thread < FEATURES) norm += norms[at * FEATURES + thread];
+    }
+    *reinterpret_cast<uint4*>(shared + SUM_AT + tile_place(thread / 8, thread % 8)) = make_uint4(
+        pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]), pack_bf16(sum[4], sum[5]), pack_bf16(sum[6], sum[7]));
+    if (thread < FEATURES) reinterpret_cast<float*>(shared + NORM_AT)[thread] = norm;
+}
+
 // What the sum over newer queries gives, where seen, to mapped keys and (unless FROZEN) to values.
 __device__ __forceinline__ void newer_queries(KeyGradients& to, float (&summed)[2], const Keys& x,
                                               const unsigned char* far_rows, const unsigned char* sum,
@@ -112,8 +134,10 @@ __device__ __forceinline__ void attend(unsigned char* shared, const Inputs& from
     if (!FROZEN) copy_tile(shared + K_AT, from.k, start, CHUNK, 0, length, 0, thread);
     copy_tile(shared + V_AT, from.v, start, CHUNK, 0, length, 0, thread);
     copy_mapped(shared + K_FAR_AT, from.k_far, start, length, thread);
-    if (has_sum) copy_tile(shared + SUM_AT, {from.sums + (long long)chunk * SMALL_SUM, 64}, 0, 16, 0, 16, 0, thread);
     if (steps) load(0);
+    if (has_sum)
+        add_heads(shared, from.sums + (long long)chunk * SMALL_SUM, from.norms + (long long)chunk * FEATURES, group,
+                  (length + CHUNK - 1) / CHUNK, thread);
     Keys x;
     x.token = start + row;
     bool seen[2];
@@ -139,7 +163,7 @@ __device__ __forceinline__ void attend(unsigned char* shared, const Inputs& from
     float summed[2] = {};
     if (has_sum)
         newer_queries(to, summed, x, shared + K_FAR_AT + row * MAPPED_ROW, shared + SUM_AT,
-                      from.norms + (long long)chunk * FEATURES, seen, lane);
+                      reinterpret_cast<const float*>(shared + NORM_AT), seen, lane);
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
         if (step) {

@@ -98,13 +98,9 @@ constexpr unsigned ROWS_AT = 0, FAR_AT = ROWS_AT + 2 * TILE, NUMBERS_AT = FAR_AT
 constexpr unsigned FEATURES_AT = NUMBERS_AT + 2 * 2 * CHUNK * 4, BYTES = FEATURES_AT + CHUNK * FAR_ROW;
 static_assert(BYTES == 22528, "cuda_backward_small.py says so");
 
-// What is summed: features of `mapped`, times weight where there is one, ⊗ [rows, -delta], or [rows, 1] where not. Of
-// several heads, as far apart as said.
+// What is summed: features of `mapped`, times weight where there is one, ⊗ [rows, -delta], or [rows, 1] where not.
 struct Tokens {
-    Rows mapped;
-    int mapped_head;
-    Rows rows;
-    int rows_head;
+    Rows mapped, rows;
     const float *weight, *delta;
 };
 
@@ -158,33 +154,28 @@ __device__ __forceinline__ void write_sum(bf16* to, float* to_norm, const float 
     }
 }
 
-// The sums at all boundaries, one after the other: over keys (not `oldest` of a text, its sinks) forward, over queries
-// backward. edges: first slots of texts, or last ones.
+// The sums at all boundaries, one after the other: over keys (not `sinks` of a text) forward, over queries backward.
+// edges: first slots of texts, or last ones.
 template <bool QUERIES>
 __device__ __forceinline__ void sum_tokens(unsigned char* shared, const Tokens& from, const int* edges, bf16* sums,
-                                           float* norms, int length, int heads, int oldest, int thread) {
-    int warp = thread / 32, lane = thread % 32, last = (length - 1) / CHUNK, steps = last * heads;
-    auto chunk_of = [&](int step) { return QUERIES ? last - step / heads : step / heads; };
+                                           float* norms, int length, int sinks, int thread) {
+    int warp = thread / 32, lane = thread % 32, steps = (length - 1) / CHUNK;
     auto load = [&](int step) {
-        int chunk = chunk_of(step), head = step % heads, token = chunk * CHUNK + thread;
-        Rows mapped = {from.mapped.at + (long long)head * from.mapped_head, from.mapped.stride};
-        Rows rows = {from.rows.at + (long long)head * from.rows_head, from.rows.stride};
-        copy_tile(shared + ROWS_AT + step % 2 * TILE, rows, chunk * CHUNK, CHUNK, 0, length, 0, thread);
-        copy_mapped(shared + FAR_AT + step % 2 * SMALL_FAR, mapped, chunk * CHUNK, length, thread);
+        int start = (QUERIES ? steps - step : step) * CHUNK, token = start + thread;
+        copy_tile(shared + ROWS_AT + step % 2 * TILE, from.rows, start, CHUNK, 0, length, 0, thread);
+        copy_mapped(shared + FAR_AT + step % 2 * SMALL_FAR, from.mapped, start, length, thread);
         if (thread >= CHUNK) return;
         float* numbers = reinterpret_cast<float*>(shared + NUMBERS_AT) + step % 2 * 2 * CHUNK + thread;
-        long long at = (long long)head * length + token;
-        numbers[0] = !QUERIES ? 1 : token < length ? from.weight[at] : 0;
-        numbers[CHUNK] = !QUERIES ? 1 : token < length ? -from.delta[at] : 0;
+        numbers[0] = !QUERIES ? 1 : token < length ? from.weight[token] : 0;
+        numbers[CHUNK] = !QUERIES ? 1 : token < length ? -from.delta[token] : 0;
     };
     float sum[2][4] = {}, norm[4] = {};
     if (steps) load(0);
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
-        int chunk = chunk_of(step), start = chunk * CHUNK;
+        int chunk = QUERIES ? steps - step : step, start = chunk * CHUNK;
         int edge = QUERIES ? last_of(edges, start - 1, length) : first_of(edges, start + CHUNK);
-        bool goes_on = QUERIES ? edge >= start + CHUNK - 1 : edge < start;
-        if (step % heads == 0 && !goes_on)  // another text than at the boundary before
+        if (QUERIES ? edge < start + CHUNK - 1 : edge >= start)  // another text than at the boundary before
 #pragma unroll
             for (int i = 0; i < 4; i++) sum[0][i] = sum[1][i] = norm[i] = 0;
         wait_for_copies();
@@ -192,17 +183,15 @@ __device__ __forceinline__ void sum_tokens(unsigned char* shared, const Tokens& 
         const float* numbers = reinterpret_cast<const float*>(shared + NUMBERS_AT) + step % 2 * 2 * CHUNK;
         if (thread < CHUNK) {
             int token = start + thread;
-            bool counts = QUERIES ? token <= edge : token >= edge + oldest;
+            bool counts = QUERIES ? token <= edge : token >= edge + sinks;
             write_features(shared + FEATURES_AT + thread * FAR_ROW,
                            shared + FAR_AT + step % 2 * SMALL_FAR + thread * MAPPED_ROW, counts ? numbers[thread] : 0);
         }
         if (step + 1 < steps) load(step + 1);
         meet();
         add_chunk(sum, norm, shared + FEATURES_AT, shared + ROWS_AT + step % 2 * TILE, numbers + CHUNK, warp, lane);
-        int boundary = QUERIES ? chunk : chunk + 1;
-        if (step % heads == heads - 1)
-            write_sum(sums + (long long)boundary * SMALL_SUM, norms + (long long)boundary * FEATURES, sum, norm, warp,
-                      lane);
+        long long boundary = QUERIES ? chunk : chunk + 1;
+        write_sum(sums + boundary * SMALL_SUM, norms + boundary * FEATURES, sum, norm, warp, lane);
     }
 }
 

@@ -27,7 +27,7 @@ def attention_backward_cuda(q, k, v, q_far, k_far, gate, out, rest, lse, grad, *
     grad [B, H, T, D] of out. dtypes: of the gradients of q_far and k_far, bfloat16 or float32 each (None: theirs).
     firsts, lasts [B, T] int32, where rows hold several texts side by side: first and last slot of each slot's text.
     Returns dq, dk, dv of q's dtype, dq_far, dk_far, and dgate, float32. frozen: nobody wants dq, dk and dv, which may
-    be None. Arguments must be such that `why_not` finds nothing. defines: for measurements, what the source can be told.
+    be None. Arguments must be such that `why_not` finds nothing. defines: for measurements, what a source can be told.
     """
     options = dict(scaling=scaling, window=window, sinks=sinks, dtypes=dtypes, defines=defines)
     if q_far.shape[-1] <= MOST_DIMS:

@@ -12,7 +12,7 @@ from . import cuda
 from .cuda_prefill import aligned, strides
 
 CHUNK, MOST_DIMS, FEATURES = 64, 4, 16  # as in backward_small.cu
-SHARED_BYTES = {"key_sum_kernel": 22528, "query_sum_kernel": 22528, "query_kernel": 42240, "key_kernel": 39424}
+SHARED_BYTES = {"key_sum_kernel": 22528, "query_sum_kernel": 22528, "query_kernel": 42240, "key_kernel": 39488}
 
 
 def attention_backward_small(q, k, v, q_far, k_far, gate, out, rest, lse, grad, *, scaling, window, sinks,
@@ -29,20 +29,19 @@ def attention_backward_small(q, k, v, q_far, k_far, gate, out, rest, lse, grad, 
     out, rest = alike(out, rest)
     delta, weight, dgate = (torch.empty_like(lse) for _ in range(3))
     tiles, number = -(-length // CHUNK), (scaling * math.log2(math.e), scaling)
-    known = {"SINKS": -(-sinks // 8) * 8, "DOCUMENTS": int(firsts is not None), "FROZEN": int(frozen), **(defines or {})}
+    known = dict(SINKS=-(-sinks // 8) * 8, DOCUMENTS=int(firsts is not None), FROZEN=int(frozen), **(defines or {}))
 
     def launch(name, grid, *args, far_dtype=torch.bfloat16):
         defines = {**known, "FAR_FLOAT": int(far_dtype == torch.float32)}
         cuda.kernel("backward_small.cu", name, defines, SHARED_BYTES[name])((*grid, 1), (128, 1, 1), *args)
 
-    def empty_sums():  # no query has keys far enough for them in a short row
-        if length <= CHUNK * (1 + -(-(window - 1) // CHUNK)):
-            return None, None
-        shape = batch * groups, tiles, FEATURES
+    def empty_sums(heads):
+        shape = batch * heads, tiles, FEATURES
         return q.new_empty(*shape, size), q.new_empty(*shape, dtype=torch.float32)
 
-    sums = empty_sums()
-    if sums[0] is not None:
+    has_sums = tiles > 1 + -(-(window - 1) // CHUNK)  # else no tile has keys that are far for all of it
+    sums, newer = (empty_sums(groups), empty_sums(heads)) if has_sums else ((None, None), (None, None))
+    if has_sums:
         launch("key_sum_kernel", (batch * groups, 1), mapped_k, v, firsts, *sums, *strides(mapped_k, v), length, groups,
                sinks)  # fmt: skip
     dq, dq_far = None if frozen else like(q, heads), like(q_far, heads, dtypes[0], MOST_DIMS)
@@ -52,14 +51,14 @@ def attention_backward_small(q, k, v, q_far, k_far, gate, out, rest, lse, grad, 
         *strides(q, k, v, mapped_q, mapped_k, gate, out, grad, q if frozen else dq, dq_far),
         length, heads, group, window, sinks, *number, far_dtype=dtypes[0],
     )  # fmt: skip
-    if sums[0] is not None:
-        launch("query_sum_kernel", (batch * groups, 1), mapped_q, grad, weight, delta, lasts, *sums,
-               *strides(mapped_q, grad), length, groups, group)  # fmt: skip
+    if has_sums:
+        launch("query_sum_kernel", (batch * heads, 1), mapped_q, grad, weight, delta, lasts, *newer,
+               *strides(mapped_q, grad), length, heads)  # fmt: skip
     dk, dv = (None if frozen else like(x, groups) for x in (k, v))
     dk_far = like(k_far, groups, dtypes[1], MOST_DIMS)
     launch(
         "key_kernel", (tiles, batch * groups), q, k, v, mapped_q, mapped_k, grad, lse, delta, weight, firsts, lasts,
-        *sums, dk, dv, dk_far,
+        *newer, dk, dv, dk_far,
         *strides(q, k, v, mapped_q, mapped_k, grad, *((k, v) if frozen else (dk, dv)), dk_far),
         length, groups, group, window, sinks, *number, far_dtype=dtypes[1],
     )  # fmt: skip
