@@ -25,6 +25,9 @@
 #ifndef FROZEN
 #define FROZEN 0
 #endif
+#ifndef TILES_AT_ONCE
+#define TILES_AT_ONCE 1
+#endif
 #include "backward_tiles.cuh"
 #include "backward_pairs.cuh"
 #include "backward_small_sum.cuh"
@@ -32,10 +35,10 @@
 #include "backward_small_key.cuh"
 
 #ifndef QUERY_BLOCKS
-#define QUERY_BLOCKS 3  // blocks that share a multiprocessor
+#define QUERY_BLOCKS (FROZEN ? 4 : 3)  // blocks that share a multiprocessor
 #endif
 #ifndef KEY_BLOCKS
-#define KEY_BLOCKS 3
+#define KEY_BLOCKS (FROZEN ? 5 : 3)
 #endif
 
 // All: 128 threads. Strides in elements: of batch, head, token; rest lies as out. Mapped vectors have 8 numbers, of

@@ -38,37 +38,50 @@ struct Keys {
     __device__ bool is_sink_row(int row) const { return row & 8 ? is_sink[1] : is_sink[0]; }
 };
 
-struct Yes { static constexpr bool value = true; };
-struct No { static constexpr bool value = false; };
+// A tile of queries in shared memory, from slot `token`.
+struct Tile {
+    const unsigned char *queries, *grads, *queries_far;
+    const float* numbers;
+    int token;
+};
 
-// Sixteen queries from slot `query`, at a place in shared memory. by_pairs: far ones count here, not by a sum.
-__device__ __forceinline__ void attend_queries(KeyGradients& to, const Keys& x, const unsigned char* queries,
-                                               const unsigned char* grads, const unsigned char* queries_far,
-                                               unsigned turn, const float* numbers, int query, bool by_pairs,
+// Sixteen queries of a tile, from 16 n on.
+template <bool EXACT, bool FAR, class Exact, class Far>
+__device__ __forceinline__ void add_tile(KeyGradients& to, const Keys& x, const Tile& from, int n, float scale,
+                                         Exact exact, Far far, int lane) {
+    add_queries<EXACT, FAR, FROZEN>(to, x.k, x.v, from.queries + n * 2048, from.grads + n * 2048, n % 2 * 64,
+                                    from.numbers + 16 * n, x.mapped, from.queries_far + n * 16 * MAPPED_ROW, scale,
+                                    exact, far, lane);
+}
+
+// Whether all pairs with `count` queries from slot `query` on are exact.
+__device__ __forceinline__ bool all_exact(const Keys& x, int query, int count, int window) {
+    int apart = query - x.token;
+    return !FROZEN && apart >= 15 && apart + count - 1 < window && query + count - 1 <= x.shortest;
+}
+
+// The same, where pairs of all sorts may be. by_pairs: far ones count here, not by a sum.
+__device__ __forceinline__ void attend_queries(KeyGradients& to, const Keys& x, const Tile& from, int n, bool by_pairs,
                                                int window, float scale, int lane) {
-    int apart = query - x.token;  // of the first query and the first key
+    int query = from.token + 16 * n, apart = query - x.token;  // of the first query and the first key
     bool any_far = by_pairs && apart + 15 >= window, any_exact = apart - 15 < window || x.any_sink;
     if (apart < -15 || query > x.end || (!any_far && (FROZEN || !any_exact))) return;
     auto all = [](int, int) { return true; };
-    auto exact = [&](int key, int n) {
-        int distance = apart + n - key;
-        return distance >= 0 && query + n <= x.last_of_row(key) && (distance < window || x.is_sink_row(key));
+    auto exact = [&](int key, int i) {
+        int distance = apart + i - key;
+        return distance >= 0 && query + i <= x.last_of_row(key) && (distance < window || x.is_sink_row(key));
     };
-    auto far = [&](int key, int n) {
-        return apart + n - key >= window && query + n <= x.last_of_row(key) && !x.is_sink_row(key);
-    };
-    auto add = [&](auto is_exact, auto is_far, auto sees) {
-        add_queries<decltype(is_exact)::value, decltype(is_far)::value, FROZEN>(
-            to, x.k, x.v, queries, grads, turn, numbers, x.mapped, queries_far, scale, sees, far, lane);
+    auto far = [&](int key, int i) {
+        return apart + i - key >= window && query + i <= x.last_of_row(key) && !x.is_sink_row(key);
     };
     if (FROZEN || !any_exact)
-        add(No(), Yes(), all);
+        add_tile<false, true>(to, x, from, n, scale, exact, far, lane);
     else if (any_far)
-        add(Yes(), Yes(), exact);
-    else if (apart >= 15 && apart + 15 < window && query + 15 <= x.shortest)
-        add(Yes(), No(), all);
+        add_tile<true, true>(to, x, from, n, scale, exact, far, lane);
+    else if (all_exact(x, query, 16, window))
+        add_tile<true, false>(to, x, from, n, scale, all, all, lane);
     else
-        add(Yes(), No(), exact);
+        add_tile<true, false>(to, x, from, n, scale, exact, far, lane);
 }
 
 // R of all query heads and its normaliser, added up. sums, norms: of the first head; others are `chunks` sums further.
@@ -172,12 +185,17 @@ __device__ __forceinline__ void attend(unsigned char* shared, const Inputs& from
         }
         if (step + 1 < steps) load(step + 1);
         int stage = step & 1, j = low + step % count;
+        Tile from = {shared + Q_AT + stage * TILE, shared + GRAD_AT + stage * TILE,
+                     shared + Q_FAR_AT + stage * SMALL_FAR,
+                     reinterpret_cast<const float*>(shared + NUMBERS_AT + stage * NUMBERS), j * CHUNK};
+        if (all_exact(x, j * CHUNK, CHUNK, window)) {
+            auto all = [](int, int) { return true; };
+#pragma unroll UNROLL
+            for (int n = 0; n < 4; n++) add_tile<true, false>(to, x, from, n, scale, all, all, lane);
+            continue;
+        }
 #pragma unroll 1
-        for (int n = 0; n < 4; n++)
-            attend_queries(to, x, shared + Q_AT + stage * TILE + n * 2048, shared + GRAD_AT + stage * TILE + n * 2048,
-                           shared + Q_FAR_AT + stage * SMALL_FAR + n * 16 * MAPPED_ROW, n % 2 * 64,
-                           reinterpret_cast<const float*>(shared + NUMBERS_AT + stage * NUMBERS) + 16 * n,
-                           j * CHUNK + 16 * n, j < chunk, window, scale, lane);
+        for (int n = 0; n < 4; n++) attend_queries(to, x, from, n, j < chunk, window, scale, lane);
     }
     if (!FROZEN) {
         store_gradient(dk, dk_stride, to.k, scaling, x.token, length, lane);

@@ -35,29 +35,38 @@ struct Gradients {
     QuerySums sums;
 };
 
+// Whether all pairs with `count` keys from slot `key` on are exact.
+__device__ __forceinline__ bool all_exact(const Queries& x, int key, int count, int window) {
+    if (x.token < key + count - 1 || x.token + 15 - key >= window) return false;
+    return !DOCUMENTS || __all_sync(ALL_LANES, key >= x.first[0] && key >= x.first[1]);
+}
+
+// 16 · COUNT keys from slot `key` on, at a place in shared memory, all exact for all rows.
+template <int COUNT>
+__device__ __forceinline__ void attend_all(Gradients& to, const Queries& x, const unsigned char* keys,
+                                           const unsigned char* values, unsigned turn, float scale, int lane) {
+    if (FROZEN && !x.any_far) return;
+#pragma unroll UNROLL
+    for (int n = 0; n < COUNT; n++) {
+        Scores dp;
+        exact_queries<FROZEN>(to.q, to.sums, dp, x.grad, x.q, keys + n * 2048, values + n * 2048, turn ^ n % 2 * 64,
+                              x.lse, x.delta, scale, 8, [](int, int) { return true; }, lane);
+    }
+}
+
 // Sixteen keys from slot `key`, at a place in shared memory.
 __device__ __forceinline__ void attend_keys(Gradients& to, const Queries& x, const unsigned char* keys,
                                             const unsigned char* values, const unsigned char* keys_far, unsigned turn,
                                             int key, int window, int sinks, float scale, int lane) {
     int apart = x.token - key;  // of the first query and the first key
     if (apart < -15) return;
-    bool whole = true, sink = false;  // all of the keys are of the rows' texts; some are sinks
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        whole = whole && key >= x.first[r];
-        sink = sink || (key < x.first[r] + sinks && key + 15 >= x.first[r]);
-    }
-    if (DOCUMENTS) {
-        whole = __all_sync(ALL_LANES, whole);
-        sink = __any_sync(ALL_LANES, sink);
-    }
+    if (all_exact(x, key, 16, window)) return attend_all<1>(to, x, keys, values, turn, scale, lane);
     if (FROZEN && !x.any_far) return;
+    bool sink = false;  // some are sinks
+#pragma unroll
+    for (int r = 0; r < 2; r++) sink = sink || (key < x.first[r] + sinks && key + 15 >= x.first[r]);
+    if (DOCUMENTS) sink = __any_sync(ALL_LANES, sink);
     Scores dp;
-    auto all = [](int, int) { return true; };
-    if (whole && apart >= 15 && apart + 15 < window) {
-        exact_queries<FROZEN>(to.q, to.sums, dp, x.grad, x.q, keys, values, turn, x.lse, x.delta, scale, 8, all, lane);
-        return;
-    }
     auto exact = [&](int row, int n) {
         int first = x.first_of_row(row) - key, distance = apart + row - n;
         return n >= first && distance >= 0 && (distance < window || n < first + sinks);
@@ -145,9 +154,14 @@ __device__ __forceinline__ void attend(unsigned char* shared, const Inputs& from
         }
         if (j < tile) load(j + 1);
         int stage = (j - low) & 1;
+        const unsigned char *keys = shared + K_AT + stage * TILE, *values = shared + V_AT + stage * TILE;
+        if (all_exact(x, j * CHUNK, CHUNK, window)) {
+            attend_all<4>(to, x, keys, values, 0, scale, lane);
+            continue;
+        }
 #pragma unroll 1
         for (int n = 0; n < 4; n++)
-            attend_keys(to, x, shared + K_AT + stage * TILE + n * 2048, shared + V_AT + stage * TILE + n * 2048,
+            attend_keys(to, x, keys + n * 2048, values + n * 2048,
                         shared + K_FAR_AT + stage * SMALL_FAR + n * 16 * MAPPED_ROW, n % 2 * 64, j * CHUNK + 16 * n,
                         window, sinks, scale, lane);
     }

@@ -19,7 +19,10 @@ WAYS = [
     {}, {"TILES_AT_ONCE": 1}, {"TILES_AT_ONCE": 5}, {"QUERY_BLOCKS": 1, "KEY_BLOCKS": 1, "TILES_AT_ONCE": 5},
     {"SINK_BLOCKS": 2}, {"SINK_BLOCKS": 4},
 ]  # fmt: skip
-SMALL_WAYS = [{}, {"QUERY_BLOCKS": 4}, {"QUERY_BLOCKS": 2, "KEY_BLOCKS": 2}, {"TILES_AT_ONCE": 2}]  # of small maps
+SMALL_WAYS = [  # of small maps
+    {}, {"QUERY_BLOCKS": 4, "KEY_BLOCKS": 4}, {"QUERY_BLOCKS": 2, "KEY_BLOCKS": 2, "TILES_AT_ONCE": 2},
+    {"TILES_AT_ONCE": 2}, {"TILES_AT_ONCE": 4},
+]  # fmt: skip
 FROZEN = ("q", "k", "v")
 LIMIT = 5e-3
 
