@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 WHY_NOT = "" if shutil.which("g++") else "g++ is not installed"
 OPTIONS = ["-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing",
            "-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]  # fmt: skip
-KERNEL = re.compile(r"__global__ void[^{;]*?(\w+_kernel)\(")
+KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\(.*?\)\s+)?(\w+)\(")
 MESSAGE = """
 extern "C" const char* emulated_message() { return emulator::message; }
 """

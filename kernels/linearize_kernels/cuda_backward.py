@@ -14,7 +14,7 @@ from .cuda_backward_small import SHARED_BYTES as SMALL_SHARED_BYTES
 from .cuda_prefill import aligned, strides
 
 HEAD_DIM, MAP_DIM, WINDOW, MOST_SINKS = 64, 16, 64, 16  # WINDOW: of maps of MAP_DIM
-WINDOWS = range(16, 513)  # of maps of up to MOST_DIMS
+WINDOWS = range(2, 513)  # of maps of up to MOST_DIMS
 SHARED_BYTES = {"query_gradient_kernel": 110208, "key_gradient_kernel": 114240, "sink_gradient_kernel": 37888}
 SINK_SPAN = 1024  # queries of one program that finds the gradients of sinks: a multiple of 64
 FEWEST = 132  # rows times heads, below which most of a GPU has nothing to do in backward.cu
