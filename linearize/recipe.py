@@ -201,6 +201,9 @@ class RunSettings(Section):
     compile: bool | None = setting(
         None, help="torch.compile of the layers in training; null: on a GPU, where a stage is long enough to gain"
     )
+    cuda_graph: bool | None = setting(
+        None, help="training's micro-batches as a CUDA graph, for the time of launches; null: on a GPU, where it can be"
+    )
     checkpoint_every: int = setting(50, help="steps between checkpoints to resume from", minimum=1)
     trackers: list[str] = setting([], help="accelerate's trackers: tensorboard, wandb, ...", unique=True)
 
