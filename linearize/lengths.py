@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from .repeats import SHORTEST_ROW
+SHORTEST_REPEATING = 128  # tokens of a row that repeats a passage
 
 
 def length_of(recipe, stage) -> int:
@@ -34,9 +34,9 @@ def length_problems(recipe, window: int) -> Iterator[str]:
             )
         if stage.sequence_length is not None and not recipe.data.packing:
             yield f"{name}.sequence_length: needs data.packing; without it data.sequence_length cuts the texts"
-        if stage.repeated_passages and length < SHORTEST_ROW:
+        if stage.repeated_passages and length < SHORTEST_REPEATING:
             yield (
-                f"{name}.repeated_passages: needs sequences of {SHORTEST_ROW} tokens or more; {setting} is {length}; "
+                f"{name}.repeated_passages: needs sequences of {SHORTEST_REPEATING} tokens or more; {setting} is {length}; "
                 "make them longer or set it to 0"
             )
     for setting, length in lengths.items():

@@ -144,7 +144,7 @@ class StageSettings(Section):
         maximum=1,
     )
     repeated_passages: float = setting(
-        0.0, help="share of the training rows that say a passage twice, far apart, to learn recall", minimum=0, maximum=1
+        0.0, help="share of the training rows that say a passage twice, to learn recall from", minimum=0, maximum=1
     )
 
     def check(self) -> Iterator[str]:

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SHORTEST, LONGEST = 32, 256  # tokens of a passage
-SHORTEST_ROW = 4 * SHORTEST  # a passage takes a quarter of its row at most, so that there are distances to choose from
+from linearize.lengths import SHORTEST_REPEATING
+
+PART = 4  # a passage takes a quarter of its row at most, so that there are distances to choose from
+SHORTEST, LONGEST = SHORTEST_REPEATING // PART, 256  # tokens of a passage
 
 
 @dataclass(frozen=True)
 class Passage:
-    """`count` tokens from `source` on stand again from `target` on, in place of what stood there; they do not overlap."""
+    """`count` tokens from `source` on stand again from `target` on, in place of what was there; they do not overlap."""
 
     source: int
     target: int
@@ -43,15 +45,15 @@ class RepeatedPassages:
     seed: tuple[int, ...]
 
     def of_row(self, row: int, length: int) -> Passage | None:
-        """The passage that a row of so many tokens repeats, or None; None too for less than SHORTEST_ROW.
+        """The passage that a row of so many tokens repeats, or None; None too for less than SHORTEST_REPEATING.
 
-        Lengths are uniform from SHORTEST to LONGEST or a quarter of the row; distances from one beginning to the other
+        Lengths are uniform from SHORTEST to LONGEST, or to a quarter of a shorter row; distances from one beginning to the other
         are log-uniform, from the passage's length to the longest that the row holds.
         """
         draw = np.random.default_rng([*self.seed, row])
-        if draw.random() >= self.share or length < SHORTEST_ROW:
+        if draw.random() >= self.share or length < SHORTEST_REPEATING:
             return None
-        count = int(draw.integers(SHORTEST, min(LONGEST, length // 4) + 1))
+        count = int(draw.integers(SHORTEST, min(LONGEST, length // PART) + 1))
         longest = length - count
         distance = min(longest, int(count * ((longest + 1) / count) ** draw.random()))
         source = int(draw.integers(longest - distance + 1))

@@ -11,8 +11,9 @@ import torch
 from accelerate import Accelerator
 
 from linearize.errors import RecipeError
+from linearize.lengths import SHORTEST_REPEATING
 from linearize.recipe import MatchSettings, RunSettings, load_recipe
-from linearize.repeats import LONGEST, SHORTEST, SHORTEST_ROW, RepeatedPassages
+from linearize.repeats import LONGEST, SHORTEST, RepeatedPassages
 from linearize.run_log import RunLog
 from linearize.sequences import PackedSequences, TokenData
 from linearize.train import _Loop
@@ -41,8 +42,8 @@ def test_lengths_and_distances():
     # log-uniform from the passage's length to what the row holds: the logarithms fill their range evenly
     place = np.log(gaps / counts) / np.log((length - counts) / counts)
     assert np.quantile(place, [0.1, 0.25, 0.5, 0.75, 0.9]) == pytest.approx([0.1, 0.25, 0.5, 0.75, 0.9], abs=0.03)
-    assert {repeats.of_row(row, SHORTEST_ROW).count for row in range(5)} == {SHORTEST}
-    assert repeats.of_row(0, SHORTEST_ROW - 1) is None
+    assert {repeats.of_row(row, SHORTEST_REPEATING).count for row in range(5)} == {SHORTEST}
+    assert repeats.of_row(0, SHORTEST_REPEATING - 1) is None
 
 
 def test_the_share_and_the_seed_decide_which_rows():
@@ -90,7 +91,7 @@ def test_a_document_of_its_own_row_repeats_within_itself():
     plain, rows = make_rows(packing=False), make_rows(packing=False).with_repeated_passages(1, seed=SEED)
     before, after = plain.batch(range(ROWS)), rows.batch(range(ROWS))
     lengths = before["attention_mask"].sum(1)
-    assert changed_rows(before, after) == (lengths >= SHORTEST_ROW).nonzero().flatten().tolist()
+    assert changed_rows(before, after) == (lengths >= SHORTEST_REPEATING).nonzero().flatten().tolist()
     assert torch.equal(after["attention_mask"], before["attention_mask"])
     for ids, labels, length in zip(after["input_ids"], after["labels"], lengths.tolist(), strict=True):
         assert (labels[length:] == -100).all() and (ids[length:] == 0).all()
@@ -123,7 +124,8 @@ class SeeingStage:
 
 def make_loop(folder, stage, share, data) -> _Loop:
     settings = MatchSettings(tokens=6 * 2 * T, batch_tokens=2 * T, evaluate_every=100, repeated_passages=share)
-    return _Loop(stage, data, settings, RunSettings(seed=3), Accelerator(cpu=True), folder, RunLog(folder / "log.jsonl"))
+    log = RunLog(folder / "log.jsonl")
+    return _Loop(stage, data, settings, RunSettings(seed=3), Accelerator(cpu=True), folder, log)
 
 
 def test_training_sees_them_and_evaluation_does_not(tmp_path):
