@@ -36,8 +36,8 @@ def length_problems(recipe, window: int) -> Iterator[str]:
             yield f"{name}.sequence_length: needs data.packing; without it data.sequence_length cuts the texts"
         if stage.repeated_passages and length < SHORTEST_REPEATING:
             yield (
-                f"{name}.repeated_passages: needs sequences of {SHORTEST_REPEATING} tokens or more; {setting} is {length}; "
-                "make them longer or set it to 0"
+                f"{name}.repeated_passages: needs sequences of {SHORTEST_REPEATING} tokens or more; {setting} is "
+                f"{length}; make them longer or set it to 0"
             )
     for setting, length in lengths.items():
         if exact >= length:

@@ -47,8 +47,8 @@ class RepeatedPassages:
     def of_row(self, row: int, length: int) -> Passage | None:
         """The passage that a row of so many tokens repeats, or None; None too for less than SHORTEST_REPEATING.
 
-        Lengths are uniform from SHORTEST to LONGEST, or to a quarter of a shorter row; distances from one beginning to the other
-        are log-uniform, from the passage's length to the longest that the row holds.
+        Lengths are uniform from SHORTEST to LONGEST, or to a quarter of a shorter row. Distances from one beginning
+        to the other are log-uniform, from the passage's length to the longest that the row holds.
         """
         draw = np.random.default_rng([*self.seed, row])
         if draw.random() >= self.share or length < SHORTEST_REPEATING:
