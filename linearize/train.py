@@ -83,6 +83,9 @@ def train(stage: Stage, data: TokenData, settings, *, run, accelerator, folder: 
 class _Loop:
     def __init__(self, stage, data, settings, run, accelerator, folder, log):
         self.stage, self.data, self.settings, self.run = stage, data, settings, run
+        self.train_rows = data.train.with_repeated_passages(
+            settings.repeated_passages, seed=(run.seed, stage.order)
+        )  # the held-out ones stay as they are: losses compare between runs
         self.accelerator, self.log, self.path = accelerator, log, folder / f"{stage.name}.pt"
         self.batch_size = max(1, settings.batch_tokens // data.train.sequence_length)
         if self.batch_size < accelerator.num_processes:
@@ -143,9 +146,9 @@ class _Loop:
         self.seed_dropout()
         self.optimizer.zero_grad(set_to_none=False)  # a recorded micro-batch adds to these very tensors
         indices = batch_indices(
-            len(self.data.train), batch_size=self.batch_size, step=self.step, seed=self.run.seed + self.stage.order
+            len(self.train_rows), batch_size=self.batch_size, step=self.step, seed=self.run.seed + self.stage.order
         )
-        sums = self.sum_batches(self.data.train, indices, backward=True)
+        sums = self.sum_batches(self.train_rows, indices, backward=True)
         self.reduce_gradients()
         figures, norms = self.clip(sums)
         rate = self.schedule()
