@@ -2,7 +2,7 @@
 
 A step of few rows reads weights, and reads one large matrix faster than three small ones. Which linear layers belong
 together is seen in a step: those side by side in one module that were given the very same input. Their weights move
-into one buffer, of which the parameters become views: no name, shape or value of theirs changes, and no memory is added.
+into one buffer, of which the parameters become views: no name, shape or value of theirs changes, no memory is added.
 
 N inputs, M outputs of a linear layer
 """
@@ -45,11 +45,11 @@ class Product:
     """One product for linear layers of equal inputs: the first to be called makes it, each takes its columns."""
 
     def __init__(self, linears):
-        names = [name for name in ("weight", "bias") if getattr(linears[0], name) is not None]
-        parameters = [[getattr(linear, name) for linear in linears] for name in names]
-        self.sizes = [linear.out_features for linear in linears]
-        self.weight, self.bias = (*(joined(ps) for ps in parameters), None)[:2]
-        self.pairs = list(zip(parameters, (self.weight, self.bias), strict=False))
+        self.linears, self.sizes = linears, [linear.out_features for linear in linears]
+        self.weight, self.bias = (
+            None if getattr(linears[0], name) is None else joined([getattr(linear, name) for linear in linears])
+            for name in ("weight", "bias")
+        )
         self.changes = [  # under attributes: torch.compile then sees that another decoder's are of the same sort
             change
             for i, linear in enumerate(linears)
@@ -61,8 +61,9 @@ class Product:
     @torch.no_grad()
     def refresh(self) -> None:
         """Makes each parameter a view of its rows of the buffer, with the values it has."""
-        for parameters, buffer in self.pairs:
-            for parameter, rows in zip(parameters, buffer.split(self.sizes), strict=True):
+        for name, buffer in (("weight", self.weight), ("bias", self.bias)):
+            for linear, rows in zip(self.linears, () if buffer is None else buffer.split(self.sizes), strict=False):
+                parameter = getattr(linear, name)
                 if parameter.data_ptr() != rows.data_ptr() and parameter.device == rows.device:
                     rows.copy_(parameter)
                     parameter.data = rows
@@ -130,7 +131,7 @@ def can_merge(linears) -> bool:
 
 
 def joined(parameters) -> torch.Tensor:
-    """Parameters [M_i, ...] as one buffer [sum M_i, ...]: that of which they are views already, else a new one."""
+    """A buffer [sum M_i, ...] for parameters [M_i, ...]: that of which they are views already, else a new one."""
     first, size = parameters[0].detach(), sum(len(p) for p in parameters)
     at, storage = first.data_ptr(), first.untyped_storage()
     for p in parameters:
