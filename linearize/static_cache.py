@@ -169,6 +169,8 @@ class StaticCache(Cache):
         max_new_tokens: after which the rows end; None: nobody knows. Raises StaticError where softmax has too few
         slots for it.
         """
+        if rows is None and state.is_one_row:
+            state = state.select([0])  # which the buffers repeat, without a copy of a whole layer
         valid = state.tokens >= 0
         if self.slots is not None:
             longest = valid.sum(-1).max().item()
