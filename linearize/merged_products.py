@@ -24,10 +24,7 @@ class MergedProducts:
     """
 
     def __init__(self, model, run):
-        groups = [group for group in of_one_input(model, run) if can_merge(group)]
-        self.products = [Product(group) for group in groups]
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()  # what the weights left would fit nothing else
+        self.products = [Product(linears) for linears in of_one_input(model, run) if can_merge(linears)]
 
     @contextmanager
     def on(self):
@@ -116,7 +113,7 @@ def has_own_call(module) -> bool:
 
 
 def can_merge(linears) -> bool:
-    """Whether plain linear layers of one dtype and device, with biases all or none."""
+    """Whether these are plain linear layers of one dtype and device, with biases all or none."""
     weights = [linear.weight for linear in linears]
     parameters = [p for linear in linears for p in linear.parameters()]
     kinds = {(type(p.data), p.dtype, p.device) for p in parameters}

@@ -168,7 +168,7 @@ def test_the_teacher_decodes_the_same_by_the_chosen_softmax(monkeypatch):
         words, _ = softmax_choice.use_fastest(model, batch=2, slots=64, growing=False)
         assert words == f"{name} 1 us a layer (cuDNN 2)"
         assert torch.equal(tokens(), expected)
-        assert asked == [name == "eager"] * 42  # two layers, twenty steps and the one in which the decoder looks at them
+        assert asked == [name == "eager"] * 42  # two layers, twenty steps, one that the decoder looks at
         asked.clear()
 
 
