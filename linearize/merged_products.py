@@ -16,6 +16,8 @@ from torch import nn
 
 from .instances import swapped
 
+_BUFFERS = weakref.WeakValueDictionary()  # address -> the buffer there, as long as anything is a view of it
+
 
 class MergedProducts:
     """The linear layers of a model that one product each can stand for, merged; `run` runs a step of it.
@@ -63,7 +65,7 @@ class Product:
                 parameter = getattr(linear, name)
                 if parameter.data_ptr() != rows.data_ptr() and parameter.device == rows.device:
                     rows.copy_(parameter)
-                    parameter.data = rows
+                    parameter.data = torch.from_dlpack(rows)  # a storage of its own, as whoever saves it expects
 
 
 def _part(linear, x):
@@ -128,11 +130,10 @@ def can_merge(linears) -> bool:
 
 
 def joined(parameters) -> torch.Tensor:
-    """A buffer [sum M_i, ...] for parameters [M_i, ...]: that of which they are views already, else a new one."""
-    first, size = parameters[0].detach(), sum(len(p) for p in parameters)
-    at, storage = first.data_ptr(), first.untyped_storage()
-    for p in parameters:
-        if p.untyped_storage().data_ptr() != storage.data_ptr() or p.data_ptr() != at or not p.is_contiguous():
-            return first.new_empty(size, *first.shape[1:])
-        at += p.numel() * p.element_size()
-    return first.as_strided((size, *first.shape[1:]), first.stride())
+    """A buffer [sum M_i, ...] for parameters [M_i, ...]: that in which the first lies already, else a new one."""
+    first, shape = parameters[0].detach(), (sum(len(p) for p in parameters), *parameters[0].shape[1:])
+    buffer = _BUFFERS.get(first.data_ptr())
+    if buffer is None or buffer.shape != shape or buffer.dtype != first.dtype:
+        buffer = first.new_empty(shape)
+        _BUFFERS[buffer.data_ptr()] = buffer
+    return buffer
