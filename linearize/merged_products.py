@@ -63,8 +63,8 @@ class Product:
         for name, buffer in (("weight", self.weight), ("bias", self.bias)):
             for linear, rows in zip(self.linears, () if buffer is None else buffer.split(self.sizes), strict=False):
                 parameter = getattr(linear, name)
-                is_like = (parameter.shape, parameter.dtype, parameter.device) == (rows.shape, rows.dtype, rows.device)
-                if is_like and parameter.data_ptr() != rows.data_ptr():
+                same = all(getattr(parameter, x) == getattr(rows, x) for x in ("shape", "dtype", "device"))
+                if same and parameter.data_ptr() != rows.data_ptr():
                     rows.copy_(parameter)
                     parameter.data = torch.from_dlpack(rows)  # a storage of its own, as whoever saves it expects
 

@@ -40,7 +40,8 @@ def check_answers(decoder, model):
     eager = Decoder(model, batch=1, mode="eager")
     first, tokens = (torch.cat([d.prefill(IDS)[:, None], d.decode_n(NEW)], 1) for d in (decoder, eager))
     assert len(first.unique()) > 1, "a constant answer would prove nothing"
-    assert torch.equal(first, tokens) and relative_error(decoder.logits, eager.logits) < (1e-5 if DEVICE == "cpu" else 1e-4)
+    assert torch.equal(first, tokens)
+    assert relative_error(decoder.logits, eager.logits) < (1e-5 if DEVICE == "cpu" else 1e-4)
 
 
 class Products(TorchFunctionMode):
@@ -58,7 +59,6 @@ class Products(TorchFunctionMode):
     [
         ("llama", [[32, 16, 16], [48, 48]], 4),
         ("qwen2", [[32, 16, 16], [48, 48]], 4),  # with biases
-        ("qwen3", [[64, 32, 32], [48, 48]], 4),  # norms between
         ("phi", [[32, 32, 32]], 4),  # biases everywhere, no gate
         ("phi3", [], 4),  # is one product already
         ("mixtral", [[32, 16, 16]], 3),  # its experts are no linear layers
