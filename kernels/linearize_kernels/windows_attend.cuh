@@ -2,7 +2,7 @@
 #pragma once
 #include "weights.cuh"
 
-constexpr float LOWEST = -1e30f;  // of a shift: finite, so that no difference is NaN
+constexpr float LOWEST = -1e30f;  // of scores in a shift: finite, so that no difference is NaN
 
 // Sixteen rows on their way through the keys. Weights are times 2^-shift; total: this lane's part of their sum.
 struct Attention {
@@ -87,7 +87,7 @@ template <int COUNT>
 __device__ __forceinline__ void raise_shift(Attention& rows, const Scores (&scores)[COUNT], float scale) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float largest = -INFINITE;
+        float largest = LOWEST;
 #pragma unroll
         for (int n = 0; n < COUNT; n++)
 #pragma unroll
@@ -113,8 +113,27 @@ __device__ __forceinline__ void add_weighted(Attention& rows, const Scores& weig
     for (int half = 0; half < HALVES; half++) add_values(rows.acc[half], a, v_tile + half * tile_bytes, turn, lane);
 }
 
-// Adds T(q_far · k_far) times the gate's weight to the weights of 16 keys that are out of the window. distance: of the
-// first row to the first key; keys before number `first` are sinks.
+// Tiles of 16 keys that a warp's rows see, by the distance of the first row to the first key.
+__device__ __forceinline__ bool is_future(int distance) { return distance <= -16; }
+__device__ __forceinline__ bool has_exact(int distance, int window) { return distance - 15 < window; }
+__device__ __forceinline__ bool has_far(int distance, int window) { return distance + 15 >= window; }
+
+// -inf where a pair is not exact: beyond the window, in the future, or a sink (keys before number `first`).
+__device__ __forceinline__ void mask_tile(Scores& scores, int distance, int window, int first, int lane) {
+    int from = distance + (lane >> 2), t = lane & 3;
+    if (distance < 15 || has_far(distance, window)) {
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (unsigned(from + 8 * score_row(i) - score_key(i, t)) >= unsigned(window)) scores[i] = -INFINITE;
+    }
+    if (first > 0) {
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (score_key(i, t) < first) scores[i] = -INFINITE;
+    }
+}
+
+// Adds T(q_far · k_far) times the gate's weight to the weights of 16 keys that are out of the window.
 __device__ __forceinline__ void add_far_weights(Scores& weights, Attention& rows, const float (&far_weight)[2],
                                                 const unsigned char* far_tile, int distance, int window, int first,
                                                 int lane) {
@@ -129,13 +148,16 @@ __device__ __forceinline__ void add_far_weights(Scores& weights, Attention& rows
     }
     multiply_add_pair(x, rows.q_far, b);
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        int r = score_row(i), key = score_key(i, t);
-        float weight = far_weight[r] * (1 + x[i] * (1 + 0.5f * x[i]));
-        if (distance + g + 8 * r - key < window || key < first) weight = 0;
-        weights[i] += weight;
-        rows.total[r] += weight;
+    for (int i = 0; i < 8; i++) x[i] = far_weight[score_row(i)] * (1 + x[i] * (1 + 0.5f * x[i]));
+    if (has_exact(distance, window) || first > 0) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            int key = score_key(i, t);
+            if (distance + g + 8 * score_row(i) - key < window || key < first) x[i] = 0;
+        }
     }
+#pragma unroll
+    for (int i = 0; i < 8; i++) weights[i] += x[i], rows.total[score_row(i)] += x[i];
 }
 
 // All of a chunk of keys. distance: of the first row to the first key; first: number of the first key that is no sink.
@@ -144,25 +166,17 @@ template <bool EDGES>
 __device__ __forceinline__ void visit(Attention& rows, const unsigned char* slot, const unsigned char* far_tile,
                                       int distance, int window, int first, float scale, int lane) {
     Scores scores[4] = {};
-    int g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int step = 0; step < HEAD_DIM / 16; step++)
 #pragma unroll
         for (int n = 0; n < 4; n++) {
             int from = distance - 16 * n;
-            if (!EDGES || (from > -16 && from - 15 < window))
+            if (!EDGES || (!is_future(from) && has_exact(from, window)))
                 add_scores(scores[n], rows, step, slot + n * 2048, TILE, n % 2 * 64, lane);
         }
-    if (EDGES) {
+    if (EDGES)
 #pragma unroll
-        for (int n = 0; n < 4; n++)
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                int key = 16 * n + score_key(i, t);
-                if (unsigned(distance + g + 8 * score_row(i) - key) >= unsigned(window) || key < first)
-                    scores[n][i] = -INFINITE;
-            }
-    }
+        for (int n = 0; n < 4; n++) mask_tile(scores[n], distance - 16 * n, window, first - 16 * n, lane);
     raise_shift<4>(rows, scores, scale);
     float far_weight[2];
     if (EDGES)
@@ -170,9 +184,11 @@ __device__ __forceinline__ void visit(Attention& rows, const unsigned char* slot
 #pragma unroll
     for (int n = 0; n < 4; n++) {
         int from = distance - 16 * n;
-        if (EDGES && from <= -16) continue;
-        exponentiate(scores[n], rows.total, rows.shift, scale, 8);
-        if (EDGES && from + 15 >= window)
+        if (EDGES && is_future(from)) continue;
+        if (!EDGES || has_exact(from, window)) exponentiate(scores[n], rows.total, rows.shift, scale, 8);
+        else
+            for (int i = 0; i < 8; i++) scores[n][i] = 0;
+        if (EDGES && has_far(from, window))
             add_far_weights(scores[n], rows, far_weight, far_tile + 16 * n * FAR_ROW, from, window, first - 16 * n, lane);
         add_weighted(rows, scores[n], slot + KEYS + n * 2048, TILE, n % 2 * 64, lane);
     }
@@ -187,16 +203,7 @@ __device__ __forceinline__ void begin(Attention& rows, const unsigned char* shar
         read_sum(rows, x, shared, lane);
         if ((lane & 3) == 0) rows.total[0] += counted, rows.total[1] += counted;
     }
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        rows.shift[r] = fmaxf(rows.gate[r], LOWEST);
-        float weight = exp2_fast(rows.gate[r] - rows.shift[r]);  // 1, or 0 where there is nothing far
-        rows.total[r] *= weight;
-#pragma unroll
-        for (int half = 0; half < HALVES; half++)
-#pragma unroll
-            for (int n = 0; n < 8; n++) rows.acc[half][n][2 * r] *= weight, rows.acc[half][n][2 * r + 1] *= weight;
-    }
+    rows.shift[0] = rows.gate[0], rows.shift[1] = rows.gate[1];
     if (!SINKS) return;
     Scores scores[1] = {};
 #pragma unroll
