@@ -101,7 +101,7 @@ def check_documents(device, *, cuts, segments=None, **case):
     numbers = torch.zeros(len(inputs["q"]), length, dtype=torch.long, device=device)
     for cut in cuts:
         numbers[:1, cut:] += 1  # other rows: one document
-    ends = plan_rows(length, None, numbers, window=64, sinks=options["sinks"]).last
+    ends = plan_rows(length, None, numbers, window=options["window"], sinks=options["sinks"]).last
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         got = cuda_prefill.attention_forward_cuda(**inputs, **options, ends=ends, segments=segments)
@@ -163,7 +163,7 @@ def test_a_forced_forward_runs_or_raises(documents, monkeypatch):
 
     monkeypatch.setattr(cuda, "kernel", cuda_emulator.kernel)
     monkeypatch.setattr(cuda, "why_not", lambda device: "")
-    monkeypatch.setattr(cuda_prefill, "why_not_device", lambda *_: "")
+    monkeypatch.setattr(cuda_prefill, "why_not_device", lambda *_, **options: "")
     monkeypatch.setattr(cuda_prefill, "FEWEST", 1)
     monkeypatch.setattr("linearize_kernels.self_test.self_test", self_test)
     inputs, options = make(length=100)

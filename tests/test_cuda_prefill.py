@@ -141,7 +141,8 @@ GPU_CASES = {
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_on_gpu(name):
-    assert cuda_prefill.why_not_device(torch.device("cuda"), 128) == ""
+    inputs, options = make(size=128, device="cuda")
+    assert cuda_prefill.why_not_device(**inputs, **options) == ""
     check("cuda", **GPU_CASES[name])
 
 

@@ -64,7 +64,8 @@ def _hybrid(label, role, function, operation, s, *, tolerance=5e-3) -> Candidate
 
 def _ours(operation: str, s: Shape) -> list[Candidate]:
     from .cuda_backward import HEAD_DIM
-    from .cuda_prefill import SHARED_BYTES, attention_prefill_cuda
+    from .cuda_builds import HEAD_DIMS
+    from .cuda_prefill import attention_prefill_cuda
     from .prefill import attention_prefill
     from .training import attention_training
 
@@ -78,13 +79,13 @@ def _ours(operation: str, s: Shape) -> list[Candidate]:
 
     if operation != "prefill":
         found = [trains("", forward="triton", backward="triton")]
-        if s.D in SHARED_BYTES:
+        if s.D in HEAD_DIMS:
             found.append(trains(", CUDA forward", forward="cuda", backward="triton"))
         if s.D == HEAD_DIM and _backward(operation):
             found.append(trains(", CUDA", forward="cuda", backward="cuda"))
         return found
     found = [ours("linearize prefill", lambda *x: attention_prefill(*x, **options)[0])]
-    if s.D in SHARED_BYTES:
+    if s.D in HEAD_DIMS:
         found.append(ours("linearize prefill, CUDA", lambda *x: attention_prefill_cuda(*x, **options)[0]))
     return found
 
