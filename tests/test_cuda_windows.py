@@ -118,6 +118,15 @@ def test_every_shape_has_a_build():
     assert choose_build(64, 4, 214, 4, 3).defines["SLOTS"] == 5 and choose_build(64, 4, 214, 4, 3).blocks == 2
 
 
+def test_segments_fill_the_last_wave():
+    build = choose_build(64, 4, 214, 4, 3)
+    cuts = functools.partial(cuda_prefill.choose_segments, build=build, device=torch.device("cpu"))  # 2 blocks at once
+    assert cuts(4, 4, 32) == 1  # two full waves
+    assert cuts(5, 1, 32) == 2  # 5 half waves for 3 whole ones
+    assert cuts(1, 1, 512) == 2 and cuts(1, 1, 15) == 1
+    assert cuts(5, 2000, 32) == 1  # summing ahead costs more
+
+
 def test_refuses():
     inputs, options = make()
     for window, reason in ((15, "window 15: 16 to 512"), (16, ""), (512, ""), (513, "window 513")):

@@ -2,8 +2,8 @@
 
 B batch, T tokens, H query heads, G kv heads (and far heads), D head dim, V value dim, d map dim, F Taylor features
 
-There are two kernels (cuda_builds.py chooses): prefill.cu for a window of 64 and a map of dim 16, prefill_windows.cu for
-any other window and map.
+There are two kernels (cuda_builds.py chooses): prefill.cu for a window of 64 and a map of dim 16, prefill_windows.cu
+for any other window and map.
 """
 
 import math
@@ -12,13 +12,15 @@ import torch
 from torch.nn.functional import pad
 
 from . import cuda
-from .cuda_builds import CHUNK, HEAD_DIMS, WINDOWS, choose_build, padded_map_dim
+from .cuda_builds import CHUNK, HEAD_DIMS, WINDOWS, Build, choose_build, padded_map_dim
 from .feature_maps import Taylor
 from .state import State
 
 MOST_MAP_DIM, MOST_SINKS = 16, 16
 PARTS = 2  # sums of one segment
 SHORTEST = 8  # chunks of a segment
+MOST_SEGMENTS = 64  # tried
+SUM_TIME = 1 / 2000  # of a walk, for each kv head that is summed ahead: by bytes, not measured
 FEWEST = 264  # rows times heads with several texts each: two for each multiprocessor of a large GPU
 
 
@@ -68,8 +70,9 @@ def _launch(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, segments, pa
     gate = gate.float()
     build = choose_build(size, map_dim, window, sinks, heads // groups, **(defines or {}))
     programs = batch * heads // build.heads
-    if segments is None:
-        segments = choose_segments(programs, chunks, build.blocks, q.device) if ends is None else -(-chunks // SHORTEST)
+    if segments is None and ends is None:
+        segments = choose_segments(programs, batch * groups, chunks, build, q.device)
+    segments = segments or -(-chunks // SHORTEST)
     span = -(-chunks // (segments * parts)) * parts
     if ends is None:
         segments = -(-chunks // span)
@@ -146,11 +149,22 @@ def why_not_device(q, k, v, q_far, k_far, gate, *, window, sinks, **_) -> str:
     return "" if available >= needed else f"{available} bytes of shared memory a block: {needed} are needed"
 
 
-def choose_segments(programs: int, chunks: int, blocks: int, device) -> int:
-    """Into how many segments each of `programs` texts and heads goes, so that the GPU is full of so many blocks a
-    multiprocessor."""
+def choose_segments(programs: int, key_heads: int, chunks: int, build: Build, device) -> int:
+    """Into how many segments each of `programs` texts and heads goes. key_heads: rows times kv heads.
+
+    prefill.cu: so many that the GPU is full. prefill_windows.cu, whose first pass over keys is cheaper: such that the
+    last blocks to start do not leave the GPU empty for long. Times are in walks of a whole text.
+    """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, min(processors * blocks // programs, chunks // SHORTEST))
+    places, most = processors * build.blocks, min(max(1, chunks // SHORTEST), MOST_SEGMENTS)
+    if build.source == "prefill.cu":
+        return max(1, min(places // programs, chunks // SHORTEST))
+
+    def walks(segments: int) -> float:
+        first_pass = key_heads * SUM_TIME if segments > 1 else 0
+        return -(-programs * segments // places) * (1 / segments + 1 / chunks) + first_pass
+
+    return min(range(1, most + 1), key=walks)
 
 
 def _widened(x, map_dim: int):

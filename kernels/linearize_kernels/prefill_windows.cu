@@ -8,9 +8,9 @@
 //
 // All warps do the same: 16 rows of queries, chunk by chunk of keys, with a running shift of the exponents; and 16
 // values (or more) of S, which is kept in registers. After the oldest chunk of step c is visited, it is added to S, and
-// chunk c + 1 is loaded in its place while the others are visited: keys and values travel from global memory once. Where
-// so many chunks do not fit into shared memory, there are two, and each is read again, by all steps that see it.
-// Phases of a step, between barriers A and B and then A: 1. S(c) is read, the oldest chunk visited and folded; 2. S(c + 1)
+// chunk c + 1 is loaded in its place while the others are visited: keys and values travel from global memory once.
+// Where so many chunks do not fit into shared memory, there are two, and each is read again, by all steps that see it.
+// Phases of a step, between barriers A and B, then B and A: S(c) is read, the oldest chunk visited and folded; S(c + 1)
 // and the features of the chunk that will be oldest are written to shared memory, the other chunks visited.
 //
 // Of the normaliser only Σ x xᵀ, Σ x and the number of keys are kept: Σ T(q·x) = n + q·Σx + ½ q·(Σ x xᵀ) q.

@@ -18,8 +18,9 @@ def self_test(device, dtype, *, prefill: bool, heads: int, groups: int, far_head
               sinks=4):  # fmt: skip
     """Largest relative RMS error of output, gradients (training) and sum (prefill): (error, allowed error).
 
-    Random inputs of 536 tokens more than the window. window, sinks: what CUDA kernels are compiled for. NaN counts as infinite. cuda: "prefill", or the part of training,
-    "forward" or "backward", that is to run in CUDA; the rest runs in Triton.
+    Random inputs of 536 tokens more than the window. NaN counts as infinite. cuda: "prefill", or the part of training,
+    "forward" or "backward", that is to run in CUDA; the rest runs in Triton. window, sinks: what CUDA kernels are
+    compiled for.
     """
     length = 536 + window
     inputs, grad = _draw(device, dtype, heads, groups, far_heads, head_dim, value_dim, map_dim, length=length)

@@ -61,7 +61,8 @@ __device__ __forceinline__ void read_sum(Attention& rows, const FarRows& x, cons
         float y[2][2] = {{2 * linear.x, 2 * linear.y}, {2 * linear.x, 2 * linear.y}};
 #pragma unroll
         for (int n = 0; n < PAIRS; n++) {
-            float2 low = gram[2 * (t + m) * PAIRS + (t + n) % PAIRS], high = gram[(2 * (t + m) + 1) * PAIRS + (t + n) % PAIRS];
+            const float2* column = gram + 2 * (t + m) * PAIRS + (t + n) % PAIRS;
+            float2 low = column[0], high = column[PAIRS];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 y[r][0] += low.x * low_float(x[r][n]) + low.y * high_float(x[r][n]);
@@ -189,7 +190,8 @@ __device__ __forceinline__ void visit(Attention& rows, const unsigned char* slot
         else
             for (int i = 0; i < 8; i++) scores[n][i] = 0;
         if (EDGES && has_far(from, window))
-            add_far_weights(scores[n], rows, far_weight, far_tile + 16 * n * FAR_ROW, from, window, first - 16 * n, lane);
+            add_far_weights(scores[n], rows, far_weight, far_tile + 16 * n * FAR_ROW, from, window, first - 16 * n,
+                            lane);
         add_weighted(rows, scores[n], slot + KEYS + n * 2048, TILE, n % 2 * 64, lane);
     }
 }
@@ -256,7 +258,8 @@ __device__ __forceinline__ void store_attention(const Results& to, const Attenti
             if (query < length) *reinterpret_cast<uint4*>(to.out + at) = make_uint4(w[0], w[1], w[2], w[3]);
             if (!TRAINING) continue;
             turn_words(lost, t);
-            if (query < length) *reinterpret_cast<uint4*>(to.rest + at) = make_uint4(lost[0], lost[1], lost[2], lost[3]);
+            if (query < length)
+                *reinterpret_cast<uint4*>(to.rest + at) = make_uint4(lost[0], lost[1], lost[2], lost[3]);
         }
     }
 }

@@ -20,7 +20,8 @@
 
 constexpr bool STREAM = SLOTS < LAG;
 static_assert(LAG >= 2 && SLOTS >= 2, "a window of at least one token");
-constexpr int MAP = MAP_DIM, PAIRS = MAP / 2, FEATURES = MAP * (PAIRS + 2), NUM_FEATURES = 1 + MAP + MAP * (MAP + 1) / 2;
+constexpr int MAP = MAP_DIM, PAIRS = MAP / 2;
+constexpr int FEATURES = MAP * (PAIRS + 2), NUM_FEATURES = 1 + MAP + MAP * (MAP + 1) / 2;  // padded, and in a State
 constexpr int WARPS = 4 * HEADS, THREADS = 32 * WARPS;
 constexpr int VALUE_TILES = HEAD_DIM / 16, FEATURE_TILES = FEATURES / 8, GRAM_TILES = MAP == 16 ? 4 : 1;
 constexpr int SUM_FLOATS = FEATURES * HEAD_DIM, GRAM_FLOATS = GRAM_TILES * 128;  // of one span in global memory
