@@ -18,7 +18,7 @@ from .training import attention_training
 WAYS = [
     {}, {"SLOTS": 2, "BLOCKS": 3}, {"SLOTS": 2, "BLOCKS": 2}, {"SLOTS": 2, "BLOCKS": 4}, {"HEADS": 2, "BLOCKS": 1},
     {"HEADS": 2, "SLOTS": 2, "BLOCKS": 1}, {"HEADS": 2, "SLOTS": 2, "BLOCKS": 2}, {"HEADS": 3, "BLOCKS": 1},
-    {"ANY_WINDOW": 1},
+    {"BLOCKS": 3}, {"ANY_WINDOW": 1},
 ]  # fmt: skip
 LIMIT = 5e-3
 

@@ -111,6 +111,7 @@ __device__ __forceinline__ int step(unsigned char* shared, const Text& text, con
             begin(rows, shared, mine.far_rows, row, (c - LAG + 1) * CHUNK - text.sinks, text.sinks, scale, lane);
             __syncwarp();
             if (c < last) load_queries(mine, c + 1, text.length, lane);
+            __syncwarp();
         }
         if (STREAM && i == 1 && c < last) prepare_next(shared, text, sum, c, warp, lane);
         const unsigned char* keys = shared + (STREAM ? slot : (chunk + LAG) % LAG) * SLOT;

@@ -53,15 +53,16 @@ __device__ __forceinline__ void read_sum(Attention& rows, const FarRows& x, cons
             multiply_add(acc[2 * (tile % 4) + 1], a, b.z, b.w);
         }
     }
-    if (t >= PAIRS) return;
+    const float mine = t < PAIRS ? 0.5f : 0;  // with two pairs there is nothing for half the lanes
     const float2* gram = reinterpret_cast<const float2*>(shared + GRAM_AT);
 #pragma unroll
     for (int m = 0; m < PAIRS; m += 4) {  // this lane's pairs
-        float2 linear = gram[MAP * PAIRS + t + m];
+        int pair = t % PAIRS + m;
+        float2 linear = gram[MAP * PAIRS + pair];
         float y[2][2] = {{2 * linear.x, 2 * linear.y}, {2 * linear.x, 2 * linear.y}};
 #pragma unroll
         for (int n = 0; n < PAIRS; n++) {
-            const float2* column = gram + 2 * (t + m) * PAIRS + (t + n) % PAIRS;
+            const float2* column = gram + 2 * pair * PAIRS + (t + n) % PAIRS;
             float2 low = column[0], high = column[PAIRS];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
@@ -71,7 +72,7 @@ __device__ __forceinline__ void read_sum(Attention& rows, const FarRows& x, cons
         }
 #pragma unroll
         for (int r = 0; r < 2; r++)
-            rows.total[r] += 0.5f * (low_float(x[r][m]) * y[r][0] + high_float(x[r][m]) * y[r][1]);
+            rows.total[r] += mine * (low_float(x[r][m]) * y[r][0] + high_float(x[r][m]) * y[r][1]);
     }
 }
 
