@@ -13,7 +13,7 @@ import torch
 from test_cuda_prefill import make
 
 from linearize_kernels import cuda, cuda_prefill
-from linearize_kernels.cuda_builds import LARGEST_BLOCK, choose_build, lag_of
+from linearize_kernels.cuda_builds import LARGEST_BLOCK, choose_build, lag_of, longest_alike
 
 RECIPE = {"window": 214, "map_dim": 4}
 CASES = {
@@ -26,7 +26,7 @@ CASES = {
     "no sinks": {"length": 450, "sinks": 0, **RECIPE},
     "dim 1": {"length": 450, "window": 214, "map_dim": 1},
     **{f"window {w}, length {t}": {"length": t, "window": w, "map_dim": 4}
-       for w in (16, 63, 64, 65) for t in (w, w + 1, 200)},
+       for w in (2, 16, 63, 64, 65) for t in (w, w + 1, 200)},
     "dim 8": {"length": 330, "window": 128, "map_dim": 8},
     "dim 6, heads of two groups": {"length": 200, "window": 128, "map_dim": 6, "heads": 4, "groups": 2},
     "dim 16": {"length": 450, "window": 214, "map_dim": 16},
@@ -102,15 +102,26 @@ def test_weights_sum_to_one(gate, monkeypatch):
 
 def test_chunks_seen_pair_by_pair():
     """A chunk's first query must be out of the window of none of the keys that are left to the sum."""
-    for window in range(16, 513):
+    for window in range(2, 513):
         newest = 64 * 100 - 64 * lag_of(window) + 63  # key in the sum that chunk 100 reads
         assert 64 * 100 - newest >= window > 64 * 100 - newest - 64
+
+
+def test_windows_of_one_program():
+    for map_dim in (4, 16):
+        for window in {*range(2, 513)} - {64}:
+            longest = longest_alike(window, map_dim)
+            assert longest >= window and choose_build(64, map_dim, longest, 4, 1).defines == (
+                choose_build(64, map_dim, window, 4, 1).defines
+            )
+            assert lag_of(longest + 1) == lag_of(longest) + 1
+    assert longest_alike(64, 16) == longest_alike(64, 13) == 64 and longest_alike(64, 4) == 65
 
 
 def test_every_shape_has_a_build():
     for head_dim in (64, 128):
         for map_dim in (4, 8, 16):
-            for window in (16, 64, 65, 214, 320, 512):
+            for window in (2, 64, 65, 214, 320, 512):
                 for group in (1, 2, 3, 4):
                     build = choose_build(head_dim, map_dim, window, 4, group)
                     assert build.shared_bytes <= LARGEST_BLOCK and group % build.heads == 0 and build.blocks >= 1
@@ -129,7 +140,7 @@ def test_segments_fill_the_last_wave():
 
 def test_refuses():
     inputs, options = make()
-    for window, reason in ((15, "window 15: 16 to 512"), (16, ""), (512, ""), (513, "window 513")):
+    for window, reason in ((1, "window 1: 2 to 512"), (2, ""), (512, ""), (513, "window 513")):
         found = cuda_prefill.why_not_text(**inputs, **{**options, "window": window})
         assert reason in found and bool(reason) == bool(found)
     inputs, options = make(map_dim=17)

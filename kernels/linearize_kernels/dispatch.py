@@ -115,6 +115,7 @@ def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
     if reason:
         return Verdict(False, reason)
     from . import cuda_prefill
+    from .cuda_builds import longest_alike
     from .self_test import self_test
 
     needs_grad, prefills = _needs_grad([q, k, v, q_far, k_far, gate, options.get("log_decay")]), _prefills(**options)
@@ -128,8 +129,8 @@ def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
         return Verdict(False, reason)
     error, allowed = self_test(
         q.device, q.dtype, prefill=True, cuda="prefill", heads=q.shape[1], groups=k.shape[1], far_heads=k.shape[1],
-        head_dim=q.shape[-1], value_dim=v.shape[-1], map_dim=q_far.shape[-1], window=options["window"],
-        sinks=options["sinks"],
+        head_dim=q.shape[-1], value_dim=v.shape[-1], map_dim=q_far.shape[-1],
+        window=longest_alike(options["window"], q_far.shape[-1]), sinks=options["sinks"],
     )  # fmt: skip
     return _compared(error, allowed, q.device)
 
@@ -164,6 +165,7 @@ def can_backward_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
 
 def _can_train_cuda(part: str, tensors, options, why_not, why_not_device, backward=True, chosen=None) -> Verdict:
     from . import cuda
+    from .cuda_builds import longest_alike
     from .self_test import self_test
 
     (q, k, v, q_far, *_), chosen = tensors, chosen or requested()
@@ -174,7 +176,8 @@ def _can_train_cuda(part: str, tensors, options, why_not, why_not_device, backwa
     error, allowed = self_test(
         q.device, q.dtype, prefill=False, cuda=part, heads=q.shape[1], groups=k.shape[1], far_heads=k.shape[1],
         head_dim=q.shape[-1], value_dim=v.shape[-1], map_dim=q_far.shape[-1], backward=backward,
-        masked=options.get("segments") is not None, window=options["window"], sinks=options["sinks"],
+        masked=options.get("segments") is not None, window=longest_alike(options["window"], q_far.shape[-1]),
+        sinks=options["sinks"],
     )  # fmt: skip
     return _compared(error, allowed, q.device)
 
