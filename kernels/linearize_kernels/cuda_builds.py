@@ -3,6 +3,7 @@
 D head dim, d map dim (padded to 4, 8 or 16)
 """
 
+import functools
 from dataclasses import dataclass
 
 from . import cuda
@@ -52,9 +53,13 @@ def longest_alike(window: int, map_dim: int) -> int:
     return window if one else CHUNK * lag_of(window) - CHUNK + 1
 
 
+@functools.cache
 def choose_build(head_dim: int, map_dim: int, window: int, sinks: int, group: int, **forced) -> Build:
-    """The build for a shape; group: query heads of a kv head. forced, for measurements: HEADS, SLOTS, BLOCKS, or
-    ANY_WINDOW=1 for prefill_windows.cu in place of prefill.cu."""
+    """The build for a shape; group: query heads of a kv head. None is refused in favour of Triton: where that may be
+    faster (map dim 16 at another window than 64, above all at head dim 128, where registers spill) is not measured.
+
+    forced, for measurements: HEADS, SLOTS, BLOCKS, or ANY_WINDOW=1 for prefill_windows.cu in place of prefill.cu.
+    """
     places = -(-sinks // 8) * 8
     if (window, map_dim) == (CHUNK, 16) and not forced:
         return Build(
