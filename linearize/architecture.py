@@ -49,7 +49,7 @@ def linearize_(model, attention):
         "window": attention.window,
         "sinks": attention.sinks,
         "feature_map": attention.feature_map.name,
-        "map_dim": attention.feature_map.dim,
+        "map_dim": attention.feature_map.width(min(shapes[i].head_dim for i in layers)),
         "per": attention.feature_map.per,
         "decay": attention.decay,
     }

@@ -136,7 +136,8 @@ class _Run:
         self.model, self.tokenizer = load_teacher(recipe.model, device=self.accelerator.device)
         set_seed(recipe.run.seed)
         linearize_(self.model, recipe.attention)
-        self.window = next(iter(linear_attentions(self.model).values())).window
+        first = next(iter(linear_attentions(self.model).values()))
+        self.window, self.map_dim = first.window, first.q_map.shape[-1]
         for problem in length_problems(recipe, self.window):  # of an equal_window, which is known now
             raise RecipeError(problem)
         if recipe.finetune.tokens and recipe.finetune.train == "lora":
@@ -333,7 +334,8 @@ class _Run:
         files: dict[str, str | Path] = {
             "recipe.yaml": to_yaml(self.recipe),
             "README.md": model_card(
-                self.recipe, self.results, report_markdown(report) if report else None, window=self.window
+                self.recipe, self.results, report_markdown(report) if report else None, window=self.window,
+                map_dim=self.map_dim,
             ),
             "log.jsonl": self.work / "log.jsonl",
         }

@@ -15,10 +15,12 @@ B batch, T time, V vocabulary
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
 from .errors import LinearizeError
+from .merged_products import MergedProducts
 from .modeling_linearized import CACHE
 from .rows import put, take
 from .sampling import Sampler, Sampling
@@ -63,6 +65,7 @@ class Decoder:
         self.logits = None  # [B, V] of the newest step; a graph writes them in place
         self.mask = None  # [B, seen] bool where the model's own cache holds softmax keys
         self.run_model, self.compile_seconds, self.why_not_compiled = run_model, None, ""
+        self.merged = None  # MergedProducts, where the step is static
         self._choose_mode(mode, batch, max_length, disable_compile)
 
     def prefill(self, input_ids, attention_mask=None, *, state: State | None = None):
@@ -76,6 +79,7 @@ class Decoder:
             raise LinearizeError(f"a state of {len(state)} rows for a decoder of {len(self.token)}; see State.select")
         if self.is_static:
             self.cache.load(state)
+            self.merged.refresh()
         else:
             self.cache, self.mask = state.copy().cache, None if state.is_constant else state.tokens >= 0
         self.position.copy_(state.lengths - 1)
@@ -141,7 +145,8 @@ class Decoder:
             mask = None
         else:
             mask = self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-        self.logits = self.run_model(self.model, self.cache, self.token, self.position, mask)
+        with self.merged.on() if self.merged else nullcontext():
+            self.logits = self.run_model(self.model, self.cache, self.token, self.position, mask)
         self._choose(self.logits)
 
     def _choose(self, logits, rows=None) -> None:
@@ -166,6 +171,7 @@ class Decoder:
             if mode != "static" and self.device.type != "cuda":
                 raise StaticError(f"the model is on {self.device.type}; a graph needs a CUDA GPU")
             self.cache = StaticCache(self.model, batch=batch, slots=max_length)
+            self.merged = MergedProducts(self.model, self._step)
             if disable_compile is False or (disable_compile is None and mode != "static"):
                 self._compile(must=disable_compile is False)
             if mode != "static":
@@ -174,7 +180,7 @@ class Decoder:
             if mode != "auto" or disable_compile is False:
                 raise
             self.why_eager, self.graph, self.cache = str(error), None, None
-            self.run_model, self.compile_seconds = run_model, None
+            self.run_model, self.compile_seconds, self.merged = run_model, None, None
 
     def _compile(self, *, must: bool) -> None:
         """Replaces `run_model`, as one graph of torch.compile, and runs it once."""

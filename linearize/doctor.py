@@ -8,7 +8,7 @@ import torch
 from linearize_kernels import dispatch
 
 from .loading import pick_device
-from .recipe import AttentionSettings
+from .recipe import MAP_DIMS, AttentionSettings
 
 _PACKAGES = ("linearize", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "lm_eval")
 
@@ -20,7 +20,7 @@ def diagnose(device: str = "auto") -> str:
     lines = [f"python {platform.python_version()}, " + ", ".join(f"{p} {_version(p)}" for p in _PACKAGES)]
     lines.append(f"device {target} ({name}); LINEARIZE_KERNELS asks for {dispatch.requested()}")
     default = AttentionSettings()
-    window, map_dim = default.window, default.feature_map.dim
+    window, map_dim = default.window, MAP_DIMS[default.feature_map.name]
     lines.append(f"at the window and map dimension that recipes have by default, {window} and {map_dim}:")
     rows = dispatch.report(target, window=window, map_dim=map_dim)
     lines += [f"{operation}: {chosen} ({why})" for operation, chosen, why in rows]

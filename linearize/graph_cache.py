@@ -100,12 +100,14 @@ class GraphCache(Cache):
 
 def graph_cache_of(model, *, batch: int, max_length: int, disable_compile: bool | None) -> GraphCache:
     """An empty GraphCache for rows of so many tokens: that of the last call where it fits."""
-    weights = [p.data_ptr() for p in model.parameters()]
     kept, cache = getattr(model, "_graph_cache", None) or (None, None)
-    key = batch, weights, disable_compile
-    if cache is None or kept != key or cache.max_length < max_length:
+    if cache is None or kept != (batch, _places(model), disable_compile) or cache.max_length < max_length:
         model._graph_cache = cache = None  # the old one's memory first
         cache = GraphCache(model, batch=batch, max_length=max_length, disable_compile=disable_compile)
-        model._graph_cache = key, cache
+        model._graph_cache = (batch, _places(model), disable_compile), cache  # a decoder may move weights
     cache.reset()
     return cache
+
+
+def _places(model) -> list[int]:
+    return [p.data_ptr() for p in model.parameters()]

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+SHORTEST_REPEATING = 128  # tokens of a row that repeats a passage
+
 
 def length_of(recipe, stage) -> int:
     """Tokens a sequence in a stage: its own setting, or data.sequence_length."""
@@ -32,6 +34,11 @@ def length_problems(recipe, window: int) -> Iterator[str]:
             )
         if stage.sequence_length is not None and not recipe.data.packing:
             yield f"{name}.sequence_length: needs data.packing; without it data.sequence_length cuts the texts"
+        if stage.repeated_passages and length < SHORTEST_REPEATING:
+            yield (
+                f"{name}.repeated_passages: needs sequences of {SHORTEST_REPEATING} tokens or more; {setting} is "
+                f"{length}; make them longer or set it to 0"
+            )
     for setting, length in lengths.items():
         if exact >= length:
             yield (

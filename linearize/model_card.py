@@ -38,10 +38,10 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 """
 
 
-def model_card(recipe: Recipe, results: list[StageResult], report: str | None, *, window: int) -> str:
+def model_card(recipe: Recipe, results: list[StageResult], report: str | None, *, window: int, map_dim: int) -> str:
     """Markdown; `report` is the report card as markdown, or None where the recipe asked for none.
 
-    window: of the model, which the recipe's may stand for (equal_window).
+    window, map_dim: of the model, for which the recipe's may only stand (equal_window, null).
     """
     attention = recipe.attention
     keep = attention.keep_softmax
@@ -52,7 +52,7 @@ def model_card(recipe: Recipe, results: list[StageResult], report: str | None, *
         base=PurePath(recipe.model.id).name,
         window=window,
         sinks=attention.sinks,
-        far=_far(attention.feature_map) if recipe.has_far_term else ", which is all it sees: a baseline",
+        far=_far(attention.feature_map.name, map_dim) if recipe.has_far_term else ", which is all it sees: a baseline",
         kept=f", but for {' and '.join(kept)}, which stayed softmax" if kept else "",
         folder=recipe.output_folder,
         training="\n".join(_stage_line(r) for r in results) or "None: calibrated only.",
@@ -61,9 +61,9 @@ def model_card(recipe: Recipe, results: list[StageResult], report: str | None, *
     )
 
 
-def _far(feature_map) -> str:
-    kind = {"taylor": "second-order ", "hedgehog": ""}[feature_map.name]
-    return f", plus {kind}linear attention ({feature_map.name}, dimension {feature_map.dim}) on everything between"
+def _far(name: str, map_dim: int) -> str:
+    kind = {"taylor": "second-order ", "hedgehog": ""}[name]
+    return f", plus {kind}linear attention ({name}, dimension {map_dim}) on everything between"
 
 
 def _stage_line(result: StageResult) -> str:

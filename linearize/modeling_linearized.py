@@ -318,7 +318,10 @@ def _packed_segments(position_ids, batch):
     if position_ids is None or position_ids.shape[-1] == 1:  # one token: nothing to read, no wait for the device
         return None
     segments = torch.nn.functional.pad(position_ids.diff(dim=-1) != 1, [1, 0]).long().cumsum(-1)
-    return segments.expand(batch, -1) if segments[:, -1].any() else None
+    recorded = segments.is_cuda and torch.cuda.is_current_stream_capturing()  # a CUDA graph serves any batch
+    if not recorded and not segments[:, -1].any():
+        return None
+    return segments.expand(batch, -1)
 
 
 def with_linear_context(model, *, input_ids=None, inputs_embeds=None, attention_mask=None, position_ids=None,

@@ -16,6 +16,7 @@ from linearize.errors import RecipeError
 from linearize.lengths import length_problems
 from linearize.settings import Section, setting
 
+MAP_DIMS = {"taylor": 4, "hedgehog": 64}  # by default: as measured for taylor, and as in LoLCATs (arXiv 2410.10254)
 SHORTEST_COPY = 16  # tokens: over less, copying says nothing (the first eight of a repetition do not count)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -38,10 +39,19 @@ class FeatureMapSettings(Section):
         help="taylor: 1 + x + x^2/2; hedgehog: softmax; none: window and sinks alone; equal_window: the baseline, none "
         "with the window widened to the bytes that taylor would take",
     )
-    dim: int = setting(4, help="width of the map; a Taylor state grows with its square", minimum=1)
+    dim: int | None = setting(
+        None, help="width of the map; a Taylor state grows with its square; null: 4, of hedgehog 64 or the head dim",
+        minimum=1,
+    )  # fmt: skip
     per: Literal["kv_head", "query_head"] = setting(
         "kv_head", help="keys' maps shared by a kv head's queries, or one a query head (a larger state)"
     )
+
+    def width(self, head_dim: int) -> int:
+        """Columns of the map for heads of so many: `dim`, or the map's own default. The baselines count as taylor."""
+        if self.dim is not None:
+            return self.dim
+        return min(head_dim, MAP_DIMS["hedgehog"]) if self.name == "hedgehog" else MAP_DIMS["taylor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +143,9 @@ class StageSettings(Section):
         minimum=0,
         maximum=1,
     )
+    repeated_passages: float = setting(
+        0.0, help="share of the training rows that say a passage twice, to learn recall from", minimum=0, maximum=1
+    )
 
     def check(self) -> Iterator[str]:
         """A stage with tokens has at least one step."""
@@ -200,6 +213,9 @@ class RunSettings(Section):
     gradient_checkpointing: bool = setting(False, help="less memory, a second forward pass (finetune)")
     compile: bool | None = setting(
         None, help="torch.compile of the layers in training; null: on a GPU, where a stage is long enough to gain"
+    )
+    cuda_graph: bool | None = setting(
+        None, help="training's micro-batches as a CUDA graph, for the time of launches; null: on a GPU, where it can be"
     )
     checkpoint_every: int = setting(50, help="steps between checkpoints to resume from", minimum=1)
     trackers: list[str] = setting([], help="accelerate's trackers: tensorboard, wandb, ...", unique=True)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from linearize.errors import DataError
+from linearize.repeats import RepeatedPassages
 from linearize.sources import permutation
 
 IGNORED_LABEL = -100
@@ -24,6 +25,7 @@ class PackedSequences:
 
     tokens: uint16 or uint32 [total]. document_starts: int64 [documents], sorted offsets into tokens. With
     packing, sequence r is tokens[r T : (r + 1) T] (a rest at the end is not used); else it is document r.
+    repeated: the sequences, by their index, in which a passage is written a second time as they are read.
     """
 
     tokens: np.ndarray
@@ -31,6 +33,7 @@ class PackedSequences:
     sequence_length: int
     packing: bool
     pad_token_id: int
+    repeated: RepeatedPassages | None = None
 
     def __len__(self) -> int:
         return len(self.tokens) // self.sequence_length if self.packing else len(self.document_starts)
@@ -39,7 +42,8 @@ class PackedSequences:
         """The sequences as int64 tensors [B, T]; labels are not shifted (the model shifts them).
 
         packing: input_ids, position_ids and labels. Position ids start at 0, and the label is -100, where a
-        document begins and at the start of a row, so that no document is predicted from another.
+        document begins and at the start of a row, so that no document is predicted from another. A row that
+        repeats a passage is one text, whose positions count on, so that the distance may be the row's own length.
         else: input_ids, attention_mask and labels; T is the longest document of the batch, padding is on the
         right and has label -100. Raises IndexError.
         """
@@ -65,6 +69,10 @@ class PackedSequences:
         assert self.packing
         return replace(self, sequence_length=length)
 
+    def with_repeated_passages(self, share: float, *, seed: tuple[int, ...]) -> PackedSequences:
+        """The same sequences, a share of which repeats a passage; see `RepeatedPassages`. Nothing is copied."""
+        return replace(self, repeated=RepeatedPassages(share, seed) if share else None)
+
     def _packed_row(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         first = row * self.sequence_length
         tokens = np.array(self.tokens[first : first + self.sequence_length], dtype=np.int64)
@@ -72,24 +80,34 @@ class PackedSequences:
         is_start = np.zeros(self.sequence_length, dtype=bool)
         is_start[self.document_starts[begin:end] - first] = True
         is_start[0] = True
-        places = np.arange(self.sequence_length)
-        positions = places - np.maximum.accumulate(np.where(is_start, places, 0))
-        return tokens, positions, np.where(is_start, IGNORED_LABEL, tokens)
+        labels, places = np.where(is_start, IGNORED_LABEL, tokens), np.arange(self.sequence_length)
+        if self._repeat(row, tokens, labels):
+            return tokens, places, labels
+        return tokens, places - np.maximum.accumulate(np.where(is_start, places, 0)), labels
 
-    def _document(self, row: int) -> np.ndarray:
+    def _document(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         end = self.document_starts[row + 1] if row + 1 < len(self) else len(self.tokens)
-        return np.array(self.tokens[self.document_starts[row] : end], dtype=np.int64)
+        tokens = np.array(self.tokens[self.document_starts[row] : end], dtype=np.int64)
+        labels = tokens.copy()
+        self._repeat(row, tokens, labels)
+        return tokens, labels
+
+    def _repeat(self, row: int, tokens: np.ndarray, labels: np.ndarray) -> bool:
+        """Writes a passage of the row a second time, if it is one that repeats any; whether it is."""
+        passage = self.repeated.of_row(row, len(tokens)) if self.repeated else None
+        if passage:
+            passage.write(tokens, labels, ignored=IGNORED_LABEL)
+        return passage is not None
 
 
-def _pad(rows: list[np.ndarray], *, pad_token_id: int) -> dict[str, torch.Tensor]:
-    length = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), length), pad_token_id)
+def _pad(rows: list[tuple[np.ndarray, np.ndarray]], *, pad_token_id: int) -> dict[str, torch.Tensor]:
+    shape = len(rows), max(len(tokens) for tokens, _ in rows)
+    # The labels are not made of the ids: the pad token may be the end-of-text token, which is a target.
+    input_ids, labels = torch.full(shape, pad_token_id), torch.full(shape, IGNORED_LABEL)
     mask = torch.zeros_like(input_ids)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.from_numpy(row)
-        mask[i, : len(row)] = 1
-    # From the mask, not from the id: the pad token may be the end-of-text token, which is a target.
-    labels = torch.where(mask.bool(), input_ids, IGNORED_LABEL)
+    for i, (tokens, targets) in enumerate(rows):
+        input_ids[i, : len(tokens)], labels[i, : len(tokens)] = torch.from_numpy(tokens), torch.from_numpy(targets)
+        mask[i, : len(tokens)] = 1
     return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
 

@@ -74,6 +74,11 @@ class State:
 
         return State(_copy_cache(self.cache, pick), pick(self.logits), pick(self.tokens))
 
+    @property
+    def is_one_row(self) -> bool:
+        """Whether it is a single text, be it many times over, as `select` makes it."""
+        return len(self) == 1 or self.tokens.stride(0) == 0
+
     def with_width(self, width: int) -> "State":
         """The same with `width` columns, T: padding on the left comes or goes. What is cut off is forgotten."""
         cache = copy.copy(self.cache)

@@ -114,6 +114,7 @@ class StaticLinearLayer(LinearizedCacheLayer):
     def attend(self, linear_attn, q, k, v, *, scaling, softcap=None, sink_logits=None, **_):
         """Output [B, H, 1, D] for one new token a row, none of them padding."""
         from linearize_kernels.decode_op import decode_op
+        from linearize_kernels.map_heads import map_heads
 
         if self.decode_state is None:
             return torch.empty_like(q)
@@ -122,8 +123,8 @@ class StaticLinearLayer(LinearizedCacheLayer):
         weight, bias, log_decay = self.maps
         sizes = q.shape[1], k.shape[1]
         both = torch.cat([q, k], 1)  # [B, H + G, 1, D]
-        far = torch.baddbmm(bias, both[:, :, 0].transpose(0, 1).float(), weight).transpose(0, 1)[:, :, None]
-        (q, k), (q_far, k_far) = both.split(sizes, 1), far.split(sizes, 1)  # far [B, H + G, 1, d + 1], the gate last
+        far = map_heads(both, weight, bias)  # [B, H + G, 1, d + 1], the gate last
+        (q, k), (q_far, k_far) = both.split(sizes, 1), far.split(sizes, 1)
         return decode_op(q, k, v, q_far[..., :-1], k_far[..., :-1], q_far[..., -1], self.decode_state,
                          scaling=scaling, log_decay=log_decay)  # fmt: skip
 
@@ -168,6 +169,8 @@ class StaticCache(Cache):
         max_new_tokens: after which the rows end; None: nobody knows. Raises StaticError where softmax has too few
         slots for it.
         """
+        if rows is None and state.is_one_row:
+            state = state.select([0])  # which the buffers repeat, without a copy of a whole layer
         valid = state.tokens >= 0
         if self.slots is not None:
             longest = valid.sum(-1).max().item()

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy
 import torch
 
+from .batch_graph import BatchGraph, NotRecorded, why_not
 from .compiled_layers import CompiledLayers, pays
 from .errors import TrainingError
 from .run_log import RunLog
@@ -44,10 +45,11 @@ class Stage(Protocol):
     def num_terms(self, batch: dict[str, torch.Tensor]) -> int:
         """How many terms the loss of this batch sums over: sequences, or tokens."""
 
-    def run(self, batch: dict[str, torch.Tensor], *, scale: float, backward: bool) -> dict[str, torch.Tensor]:
+    def run(self, batch: dict[str, torch.Tensor], *, scale: torch.Tensor, backward: bool) -> dict[str, torch.Tensor]:
         """Loss terms of one micro-batch times `scale`, with gradients if `backward`.
 
-        Returns scalars by name, "loss" among them, which add up over micro-batches and processes.
+        Returns scalars by name, "loss" among them, which add up over micro-batches and processes. Nothing in it waits
+        for the device.
         """
 
 
@@ -73,6 +75,7 @@ def train(stage: Stage, data: TokenData, settings, *, run, accelerator, folder: 
     loop = _Loop(stage, data, settings, run, accelerator, folder, log)
     loop.resume()
     loop.compile()
+    loop.record()
     loop.train()
     return loop.result()
 
@@ -80,6 +83,9 @@ def train(stage: Stage, data: TokenData, settings, *, run, accelerator, folder: 
 class _Loop:
     def __init__(self, stage, data, settings, run, accelerator, folder, log):
         self.stage, self.data, self.settings, self.run = stage, data, settings, run
+        self.train_rows = data.train.with_repeated_passages(
+            settings.repeated_passages, seed=(run.seed, stage.order)
+        )  # the held-out ones stay as they are: losses compare between runs
         self.accelerator, self.log, self.path = accelerator, log, folder / f"{stage.name}.pt"
         self.batch_size = max(1, settings.batch_tokens // data.train.sequence_length)
         if self.batch_size < accelerator.num_processes:
@@ -95,6 +101,7 @@ class _Loop:
         )  # fmt: skip
         self.parameters = [p for g in stage.groups for p in g.parameters]
         self.compiled, self.has_run_compiled = nullcontext, False  # makes the context in which a micro-batch trains
+        self.train_batch = self.run_compiled  # how a micro-batch runs with gradients
         self.step, self.bad_evaluations, self.finished = 0, 0, False
         self.first_error, self.best_error, self.best_step, self.best = math.inf, math.inf, 0, None
 
@@ -106,6 +113,16 @@ class _Loop:
         if chosen and not self.finished:
             self.compiled = CompiledLayers(self.stage.model).on
             self.log.say(f"{self.stage.name}: layers are compiled in the first step (run.compile: false: never)")
+
+    def record(self) -> None:
+        """Has micro-batches recorded as a CUDA graph where `run.cuda_graph` says so, or says nothing and it can be."""
+        reason = why_not(self.accelerator.device, self.settings, self.run)
+        if self.run.cuda_graph and reason:
+            raise TrainingError(f"run.cuda_graph: {self.stage.name} cannot be recorded: {reason}. Set it to null.")
+        if self.run.cuda_graph is not False and not reason and not self.finished:
+            self.log.say(f"{self.stage.name}: micro-batches become a CUDA graph (run.cuda_graph: false: never)")
+            self.graph = BatchGraph(self.run_compiled, self.accelerator.device)
+            self.train_batch = self.run_recorded
 
     def train(self) -> None:
         bar = self.log.progress(self.stage.name, start=self.step, total=self.num_steps)
@@ -127,11 +144,11 @@ class _Loop:
     def train_step(self, bar) -> None:
         started = time.perf_counter()
         self.seed_dropout()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=False)  # a recorded micro-batch adds to these very tensors
         indices = batch_indices(
-            len(self.data.train), batch_size=self.batch_size, step=self.step, seed=self.run.seed + self.stage.order
+            len(self.train_rows), batch_size=self.batch_size, step=self.step, seed=self.run.seed + self.stage.order
         )
-        sums = self.sum_batches(self.data.train, indices, backward=True)
+        sums = self.sum_batches(self.train_rows, indices, backward=True)
         self.reduce_gradients()
         figures, norms = self.clip(sums)
         rate = self.schedule()
@@ -175,17 +192,34 @@ class _Loop:
         batches = list(_micro_batches(sequences, mine, self.run.micro_batch))
         terms = self.num_terms(batches)
         batches = [{name: t.to(self.accelerator.device) for name, t in batch.items()} for batch in batches]
+        scale = torch.tensor(1 / max(terms, 1), device=self.accelerator.device)
         names, total = [], 0
         for batch in batches:
             with dropped_window(self.stage.model, self.window_dropout() if backward else 0):
-                run = self.run_compiled if backward else self.stage.run
-                figures = run(batch, scale=1 / max(terms, 1), backward=backward)
+                figures = (
+                    self.train_batch(batch, scale=scale)
+                    if backward
+                    else self.stage.run(batch, scale=scale, backward=False)
+                )
             names, total = list(figures), total + torch.stack([v.detach().double() for v in figures.values()])
         totals = dict(zip(names, total, strict=True)) if names else {}
         return self._sum_over_processes(totals) if self.accelerator.num_processes > 1 else totals
 
-    def run_compiled(self, batch, **options) -> dict[str, torch.Tensor]:
-        """`stage.run`, compiled where that was chosen; plain, if nobody asked for it and the compiler fails at once."""
+    def run_recorded(self, batch, *, scale) -> dict[str, torch.Tensor]:
+        """`run_compiled` by its recording; plain, if nobody asked for one and it cannot be made."""
+        try:
+            return self.graph(batch, scale=scale)
+        except NotRecorded as error:
+            if self.run.cuda_graph:
+                words = f"{self.stage.name}: no CUDA graph: {error}. Set run.cuda_graph to null."
+                raise TrainingError(words) from error
+            self.log.say(f"{self.stage.name}: micro-batches are not recorded as a CUDA graph: {error}")
+        self.train_batch = self.run_compiled
+        return self.run_compiled(batch, scale=scale)
+
+    def run_compiled(self, batch, *, scale) -> dict[str, torch.Tensor]:
+        """`stage.run` with gradients, compiled where that was chosen; plain, if nobody asked and the compiler fails."""
+        options = {"scale": scale, "backward": True}
         if self.compiled is nullcontext:
             return self.stage.run(batch, **options)
         from torch._dynamo.exc import TorchDynamoException
@@ -200,7 +234,7 @@ class _Loop:
                 raise TrainingError(words) from error
             self.log.say(f"{self.stage.name}: not compiled, as torch.compile failed: {why}")
             self.compiled = nullcontext
-            self.optimizer.zero_grad(set_to_none=True)  # of the part of the batch that ran
+            self.optimizer.zero_grad(set_to_none=False)  # of the part of the batch that ran
             return self.stage.run(batch, **options)
         self.has_run_compiled = True
         return figures

@@ -64,6 +64,8 @@ def test_memory_is_changed_in_place_by_few_kernels(compiled):
     # the seven tensors of a state that change, its offset and the decay: as they came in
     assert len(re.findall(r"\barg\d+_1", call)) == 9, call
     fused = re.findall(r"^ +cpp_fused\w+\(", code, re.MULTILINE)
+    products, maps = (len(re.findall(name, code)) for name in (r"extern_kernels\.mm\(", r"map_heads\.default\("))
+    assert (products, maps) == (5, 1), "q, k and v as one; what attention gives; gate and up as one; down; the head"
     assert len(fused) <= 6, "two norms, rotary of q and of k, the product of the MLP; the last norm"
 
 

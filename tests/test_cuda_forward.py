@@ -101,7 +101,7 @@ def check_documents(device, *, cuts, segments=None, **case):
     numbers = torch.zeros(len(inputs["q"]), length, dtype=torch.long, device=device)
     for cut in cuts:
         numbers[:1, cut:] += 1  # other rows: one document
-    ends = plan_rows(length, None, numbers, window=64, sinks=options["sinks"]).last
+    ends = plan_rows(length, None, numbers, window=options["window"], sinks=options["sinks"]).last
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         got = cuda_prefill.attention_forward_cuda(**inputs, **options, ends=ends, segments=segments)
@@ -152,8 +152,9 @@ def test_training_takes_it(monkeypatch):
 
 
 @IN_EMULATOR
+@pytest.mark.parametrize("shape", [{}, {"window": 214, "map_dim": 4}], ids=["one window", "the recipe's"])
 @pytest.mark.parametrize("documents", [False, True])
-def test_a_forced_forward_runs_or_raises(documents, monkeypatch):
+def test_a_forced_forward_runs_or_raises(documents, shape, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
     tested = []
 
@@ -163,11 +164,12 @@ def test_a_forced_forward_runs_or_raises(documents, monkeypatch):
 
     monkeypatch.setattr(cuda, "kernel", cuda_emulator.kernel)
     monkeypatch.setattr(cuda, "why_not", lambda device: "")
-    monkeypatch.setattr(cuda_prefill, "why_not_device", lambda *_: "")
+    monkeypatch.setattr(cuda_prefill, "why_not_device", lambda *_, **options: "")
     monkeypatch.setattr(cuda_prefill, "FEWEST", 1)
     monkeypatch.setattr("linearize_kernels.self_test.self_test", self_test)
-    inputs, options = make(length=100)
-    options["segments"] = (torch.arange(100)[None] > 40).long() if documents else None
+    length = 36 + shape.get("window", 64)
+    inputs, options = make(length=length, **shape)
+    options["segments"] = (torch.arange(length)[None] > 40).long() if documents else None
     expected, _ = attention_quadratic(**{n: x.double() for n, x in inputs.items()}, **options)
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     out, _ = attention(**leaves, **options, implementation="cuda")
@@ -176,7 +178,7 @@ def test_a_forced_forward_runs_or_raises(documents, monkeypatch):
     assert torch.equal(without, out)
     assert tested == [("forward", documents, True), ("forward", True, False) if documents else ("prefill", False, None)]
     with pytest.raises(RuntimeError, match="cannot: valid is not built"):
-        attention(**leaves, **options, valid=torch.ones(1, 100, dtype=torch.bool), implementation="cuda")
+        attention(**leaves, **options, valid=torch.ones(1, length, dtype=torch.bool), implementation="cuda")
     with pytest.raises(RuntimeError, match="cannot: no gradients through a state in CUDA"):
         attention(**leaves, **options, return_state=True, implementation="cuda")
 

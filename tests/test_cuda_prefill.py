@@ -30,7 +30,8 @@ CASES = {
 }
 
 
-def make(length=90, batch=1, heads=1, groups=1, size=64, sinks=4, large=1.0, gate=None, extra=0, device="cpu", seed=0):
+def make(length=90, batch=1, heads=1, groups=1, size=64, sinks=4, large=1.0, gate=None, extra=0, device="cpu", seed=0,
+         window=64, map_dim=16):  # fmt: skip
     """Random inputs in a model's layout: heads side by side in memory, `extra` more numbers between them.
 
     The same numbers on every device.
@@ -42,31 +43,34 @@ def make(length=90, batch=1, heads=1, groups=1, size=64, sinks=4, large=1.0, gat
         return x[..., :size].transpose(1, 2)
 
     inputs = dict(
-        q=draw(heads, size) * large, k=draw(groups, size) * large, v=draw(groups, size), q_far=draw(heads, 16) * 0.5,
-        k_far=draw(groups, 16) * 0.5, gate=draw(heads, 1)[..., 0].float(),
+        q=draw(heads, size) * large, k=draw(groups, size) * large, v=draw(groups, size),
+        q_far=draw(heads, map_dim) * 0.5, k_far=draw(groups, map_dim) * 0.5, gate=draw(heads, 1)[..., 0].float(),
     )  # fmt: skip
     if extra:
         inputs["q"], inputs["k"] = draw(heads, size), draw(groups, size)
     if gate is not None:
         inputs["gate"] = inputs["gate"] + gate
-    return inputs, dict(scaling=size**-0.5, window=64, sinks=sinks)
+    return inputs, dict(scaling=size**-0.5, window=window, sinks=sinks)
 
 
 def relative(got, expected):
     return ((got.double() - expected).norm() / expected.norm()).item()
 
 
-def check(device, *, segments=None, parts=1, **case):
+def check(device, *, segments=None, parts=1, defines=None, **case):
     inputs, options = make(**case, device=device)
-    assert cuda_prefill.why_not(**inputs, **options) == ""
+    assert cuda_prefill.why_not_text(**inputs, **options) == ""
     expected, last = attention_quadratic(**{n: x.double() for n, x in inputs.items()}, **options, return_state=True)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     try:
-        out, state = cuda_prefill.attention_prefill_cuda(**inputs, **options, segments=segments, parts=parts)
+        out, state = cuda_prefill.attention_prefill_cuda(
+            **inputs, **options, segments=segments, parts=parts, defines=defines
+        )  # fmt: skip
     finally:
         torch.use_deterministic_algorithms(False)
     assert out.isfinite().all()
     assert relative(out, expected) < 5e-3
+    assert state.total.shape == last.total.shape
     if last.total.norm() > 0:
         assert relative(state.total, last.total) < 5e-3
         assert relative(state.total[..., -1], last.total[..., -1]) < 1e-5  # the normaliser is not rounded
@@ -137,7 +141,8 @@ GPU_CASES = {
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_on_gpu(name):
-    assert cuda_prefill.why_not_device(torch.device("cuda"), 128) == ""
+    inputs, options = make(size=128, device="cuda")
+    assert cuda_prefill.why_not_device(**inputs, **options) == ""
     check("cuda", **GPU_CASES[name])
 
 

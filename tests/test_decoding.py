@@ -11,7 +11,7 @@ from linearize.decoding import Decoder, generate
 from linearize.errors import LinearizeError
 from linearize.modeling_linearized import attention_modules
 from linearize.sampling import Sampler, Sampling, uniform
-from linearize.state import read
+from linearize.state import State, read
 from linearize.static_cache import StaticError
 
 ON_GPU = torch.cuda.is_available()
@@ -120,6 +120,23 @@ def test_one_decoder_serves_one_prompt_after_another():
         first = decoder.prefill(ids)
         tokens = torch.cat([first[:, None], decoder.decode_one()[:, None], decoder.decode_n(NEW - 2)], 1)
         assert torch.equal(tokens, expected(model, ids, torch.ones_like(ids)))
+
+
+@pytest.mark.parametrize("name", ["a teacher", "heads"])
+def test_one_text_in_every_row_is_loaded_without_a_copy_of_each(name, monkeypatch):
+    """From one row: the same memory as from as many copies."""
+    model, seen = make_kept(name), []
+    text = read(model, make_tokens(1, 21).to(DEVICE))
+    for state in (text.select([0, 0, 0]), State.join([text] * 3)):
+        decoder = Decoder(model, batch=3, mode="static", max_length=32)
+        for layer in decoder.cache.layers:
+            watched = lambda x, rows, order, load=layer.load: (seen.append(len(order)), load(x, rows, order))  # noqa: E731
+            monkeypatch.setattr(layer, "load", watched)
+        decoder.start(state)
+        rows = decoder.decode_n(3)
+        assert (rows == rows[0]).all()
+        assert torch.equal(rows[0], expected(model, text.tokens, torch.ones_like(text.tokens), new=4)[0, 1:])
+    assert set(seen[: len(seen) // 2]) == {1} and set(seen[len(seen) // 2 :]) == {3}
 
 
 def test_far_tokens_matter_in_static_decoding():

@@ -193,6 +193,8 @@ def test_the_model_card_has_the_reports_figures(converted):
     for stage in ("match", "finetune"):
         assert f"- {stage}: 384 tokens in 2 steps, held-out loss {done[stage]['first_error']:.4g} before" in card
     assert (converted / "recipe.yaml").read_text() in card
+    spec = json.loads((converted / "config.json").read_text())["linear_attention"]
+    assert f"linear attention (taylor, dimension {spec['map_dim']}) on everything between" in card
 
 
 def test_the_recipe_in_the_folder_reproduces_it(converted, tmp_path):

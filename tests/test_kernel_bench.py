@@ -233,6 +233,8 @@ def test_calls_hold_the_same_number_of_tokens():
     assert {s.B for s in bench.sizes("decode", choice) if s.name == "8b"} == {1, 4, 16, 64, 128, 256, 512, 1024}
     quick = bench.parse(["--quick", "--shapes", "8b", "--only", "prefill,decode", "--peers", "none"])
     assert [s.T for s in bench.sizes("prefill", quick)] == [4096, 16384] and quick.peers == []
+    recipe = bench.parse(["--window", "214", "--map-dim", "4"])
+    assert {(s.window, s.d) for name in bench.SECTIONS for s in bench.sizes(name, recipe)} == {(214, 4)}
     chosen = bench.parse(["--lengths", "1k,500", "--tokens", "4096"])
     assert {(s.B, s.T) for s in bench.sizes("training", chosen)} == {(4, 1024), (8, 500)}
 

@@ -23,6 +23,7 @@ from linearize_kernels import State  # noqa: E402
 from linearize_kernels.configs import config_for  # noqa: E402
 from linearize_kernels.decode import DecodeState, feature_pairs, launch_decode  # noqa: E402
 from linearize_kernels.logit_loss_kernels import LogitLosses  # noqa: E402
+from linearize_kernels.map_heads import map_heads  # noqa: E402
 from linearize_kernels.prefill import attention_prefill  # noqa: E402
 from linearize_kernels.training import attention_training  # noqa: E402
 
@@ -80,6 +81,7 @@ DECODE = {
     "float32 map and gate": dict(far_dtype=torch.float32),
     "sum in bfloat16": dict(sum_dtype=torch.bfloat16),
 }
+MAPS = {"plain": dict(), "a batch": dict(batch=40), "wide": dict(head_dim=256, map_dim=32), "odd": dict(head_dim=48)}
 LOSSES = {"labels": dict(teacher=False), "teacher": dict(teacher=True), "padded": dict(teacher=True, vocabulary=49152)}
 
 
@@ -137,13 +139,18 @@ def decode(dtype, *, sum_dtype=torch.float32, **sizes):
     launch_decode(*tensors, state, options["scaling"], options["log_decay"], q.new_empty(*q.shape[:-1], v.shape[-1]))
 
 
+def map_(dtype, *, batch=1, heads=6, head_dim=64, map_dim=16):
+    x = torch.randn(batch, heads, 1, head_dim, dtype=dtype)
+    map_heads(x, *(torch.randn(heads, n, map_dim + 1) for n in (head_dim, 1)))
+
+
 def lose(dtype, *, teacher: bool, vocabulary=151):
     logits = torch.randn(3, vocabulary).to(dtype).requires_grad_()
     ce, kl = LogitLosses.apply(logits, torch.tensor([0, -100, 7]), logits.detach() if teacher else None)
     (ce + kl).backward()
 
 
-CALLS = [(train, TRAINING), (prefill, PREFILL), (decode, DECODE), (lose, LOSSES)]
+CALLS = [(train, TRAINING), (prefill, PREFILL), (decode, DECODE), (map_, MAPS), (lose, LOSSES)]
 
 
 class Recorder:
@@ -242,7 +249,7 @@ def test_every_launch_lowers(dtype, monkeypatch, tmp_path):
 def test_machine_code(dtype, monkeypatch, tmp_path):
     names = {
         train: ["plain", "far heads a query head", "inference, decay"], prefill: ["after a past"],
-        decode: ["plain", "many programs"], lose: ["teacher"],
+        decode: ["plain", "many programs"], map_: ["plain", "a batch"], lose: ["teacher"],
     }  # fmt: skip
     tables = [(call, {name: table[name] for name in names[call]}) for call, table in CALLS]
     calls, kernels = record(monkeypatch, dtype, tables)

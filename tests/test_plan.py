@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from pico import convert, make_model
 from test_convert import CONFIGS
 
 from linearize import plan
 from linearize.modeling_linearized import linear_attentions
-from linearize.recipe import load_recipe
+from linearize.recipe import FeatureMapSettings, load_recipe
 
 
 def training_gib(monkeypatch, *changes, device="cuda", recipe="smollm2-135m-gpu"):
@@ -23,6 +24,29 @@ def test_the_estimate_is_near_what_was_measured(monkeypatch):
     """On one H100 finetuning took 27 GiB and matching 1.6, in 32k and 64k tokens a forward pass."""
     assert training_gib(monkeypatch) == pytest.approx(27, rel=0.15)
     assert training_gib(monkeypatch, "finetune.tokens=0") == pytest.approx(1.6, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "name, dim, expected",
+    [("taylor", "null", 4), ("hedgehog", "null", 64), ("hedgehog", 8, 8), ("equal_window", "null", 4)],
+)
+def test_a_maps_dimension_is_its_own_unless_it_is_set(monkeypatch, name, dim, expected):
+    """SmolLM2's heads have 64 dimensions. The baseline is as wide as the bytes of the Taylor map's default."""
+    monkeypatch.setattr(plan, "load_teacher_config", lambda settings: copy.deepcopy(CONFIGS["SmolLM2-135M"]))
+    changes = [f"attention.feature_map.name={name}", f"attention.feature_map.dim={dim}", "run.device=cpu"]
+    recipe = load_recipe("smollm2-135m-gpu", changes)
+    model = plan.build_on_meta(recipe)
+    assert model.config.linear_attention["map_dim"] == expected
+    said = plan.plan(recipe)
+    assert f"    dim: {dim}  # " in said
+    assert name == "equal_window" or f"{name} map of dimension {expected}\n" in said
+
+
+def test_a_default_map_is_no_wider_than_the_heads():
+    model = convert(make_model("llama", num_hidden_layers=2), name="hedgehog", dim=None)
+    layer = linear_attentions(model)[0]
+    assert layer.q_map.shape[1:] == layer.k_map.shape[1:] == (layer.head_dim, layer.head_dim)
+    assert layer.head_dim < 64 == FeatureMapSettings(name="hedgehog").width(128)
 
 
 def test_logits_are_never_whole(monkeypatch):

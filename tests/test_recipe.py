@@ -23,13 +23,14 @@ data.source data.name data.split data.column data.messages data.sequence_length 
 data.streaming data.seed
 calibrate.sequences
 match.tokens match.batch_tokens match.sequence_length match.micro_batch match.lr match.warmup match.weight_decay
-match.clip match.evaluate_every match.patience match.window_dropout match.far_mass
+match.clip match.evaluate_every match.patience match.window_dropout match.repeated_passages match.far_mass
 finetune.tokens finetune.batch_tokens finetune.sequence_length finetune.micro_batch finetune.lr finetune.warmup
-finetune.weight_decay finetune.clip finetune.evaluate_every finetune.patience finetune.window_dropout finetune.train
-finetune.maps_lr
+finetune.weight_decay finetune.clip finetune.evaluate_every finetune.patience finetune.window_dropout
+finetune.repeated_passages finetune.train finetune.maps_lr
 finetune.lora.rank finetune.lora.alpha
 finetune.lora.dropout finetune.lora.targets finetune.loss.ce finetune.loss.kl
-run.seed run.device run.micro_batch run.gradient_checkpointing run.compile run.checkpoint_every run.trackers
+run.seed run.device run.micro_batch run.gradient_checkpointing run.compile run.cuda_graph run.checkpoint_every
+run.trackers
 evaluate.sequences evaluate.sequence_length evaluate.text evaluate.recall_distances evaluate.key_recall_samples
 evaluate.key_recall_pairs evaluate.baseline evaluate.tasks evaluate.task_path evaluate.task_limit
 output.folder output.dtype
@@ -62,7 +63,8 @@ def test_schema_is_what_is_documented():
 def test_defaults():
     recipe = read()
     assert recipe == read(to_yaml(recipe))
-    assert (recipe.attention.window, recipe.attention.sinks, recipe.attention.feature_map.dim) == (192, 4, 4)
+    assert (recipe.attention.window, recipe.attention.sinks, recipe.attention.feature_map.dim) == (192, 4, None)
+    assert recipe.match.repeated_passages == recipe.finetune.repeated_passages == 0
     assert (recipe.match.tokens, recipe.match.batch_tokens, recipe.match.lr) == (2_000_000, 16_000, 1e-2)
     assert (recipe.finetune.lr, recipe.finetune.maps_lr, recipe.finetune.loss.ce) == (2e-4, 1e-3, 1.0)
     assert recipe.finetune.lora.targets == ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -105,6 +107,8 @@ def test_every_setting_has_help_of_one_line():
         "match.warmup=-0.1",
         "match.weight_decay=-1",
         "match.clip=0",
+        "match.repeated_passages=-0.1",
+        "finetune.repeated_passages=1.1",
         "match.evaluate_every=0",
         "match.patience=-1",
         "finetune.lr=0",

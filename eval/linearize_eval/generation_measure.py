@@ -31,7 +31,7 @@ MAX_BATCH = 8192
 FOLD = 32  # as in linearize_kernels.decode, which needs Triton
 WARMUP = 4  # steps before the clock starts
 SLOTS = 64  # the teacher's slots are a multiple, so that no mask has to be padded; skipped tokens too
-_SPARE = 1.5e9  # bytes of a GPU left alone when the largest batch is sought
+_SPARE = 2.5e9  # bytes of a GPU left alone when the largest batch is sought: activations, kernels, the graph
 
 
 @dataclass(frozen=True)
@@ -194,16 +194,17 @@ def largest_batch(model, cell: Cell) -> int:
 
 
 def row_bytes(model, cell: Cell) -> float:
-    """Bytes of a row of the batch: its memory, a copy of a layer's on loading, logits."""
+    """Bytes of a row of the batch: its memory, and logits of two steps and in the graph."""
     config, size = model.config.get_text_config(), model.dtype.itemsize
-    token, layers, row = kv_cache_bytes(config, 1, size), config.num_hidden_layers, 0
+    token, row = kv_cache_bytes(config, 1, size), 0
     for x in linear_attentions(model).values() if is_converted(model) else ():
         mine = x.token_bytes(dtype_bytes=size)
-        late = FOLD * (mine + 4 * x.k_map.shape[0] * x.k_map.shape[2])  # slots that are folded together
-        row += (x.state_bytes(dtype_bytes=size) + late) * (1 + 3 / layers)  # a layer's sums are reordered on loading
+        groups, _, map_dim = x.k_map.shape
+        late = FOLD * (mine + size * groups * map_dim)  # slots that are folded together
+        row += x.state_bytes(dtype_bytes=size) + late + groups * (x.window + FOLD + 3) + 4  # kinds of slots, counters
         token -= mine
-    row += (cell.prompt + cell.new + SLOTS) * token * (1 + 1 / layers)
-    return row + 3 * 4 * config.vocab_size
+    row += (cell.prompt + cell.new + SLOTS) * token
+    return row + 3 * size * config.vocab_size
 
 
 def rounded_down(batch: int) -> int:

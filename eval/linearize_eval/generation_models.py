@@ -32,7 +32,7 @@ def load_side(kind: str, *, folder, against, shape, dtype: str, device, window, 
             from linearize.architecture import linearize_
             from linearize.recipe import AttentionSettings, FeatureMapSettings
 
-            feature_map = FeatureMapSettings(**({} if map_dim is None else {"dim": map_dim}))
+            feature_map = FeatureMapSettings(dim=map_dim)
             linearize_(
                 model, AttentionSettings(**({} if window is None else {"window": window}), feature_map=feature_map)
             )

@@ -105,11 +105,12 @@ def outputs_and_gradients(c: Candidate, function, tensors, grad) -> list[torch.T
 def sizes(section: str, choice) -> list[Shape]:
     """The calls of a section, shape by shape."""
     names = choice.shapes or (["8b", "135m"] if section == "decode" else ["based", "8b"])
+    shapes = [SHAPES[n]._replace(window=choice.window, d=choice.map_dim) for n in names]
     if section == "decode":
         batches = choice.batches or (QUICK_BATCHES if choice.quick else None)
-        return [SHAPES[n]._replace(B=b) for n in names for b in batches or BATCHES[n]]
+        return [s._replace(B=b) for s in shapes for b in batches or BATCHES[s.name]]
     lengths = choice.lengths or (QUICK_LENGTHS if choice.quick else LENGTHS[section])
-    calls = [SHAPES[n]._replace(T=t, B=max(1, choice.tokens // t)) for n in names for t in lengths]
+    calls = [s._replace(T=t, B=max(1, choice.tokens // t)) for s in shapes for t in lengths]
     # fla's kernels are compiled for a number of rows, not for a length
     return [s._replace(T=128) for s in calls] if choice.compile_only and choice.no_ours else calls
 
@@ -152,6 +153,7 @@ def compile_ahead(choice, sections) -> str:
         for name in {s.name for s in calls}:
             common = ["--compile-only", "--only", section, "--shapes", name, "--lengths", lengths]
             common += ["--tokens", str(choice.tokens), "--seconds", str(choice.compile_seconds)]
+            common += ["--window", str(choice.window), "--map-dim", str(choice.map_dim)]
             jobs += [[*common, "--peers", peer, "--no-ours"] for peer in slow] + [[*common, "--peers", "none"]]
     started = time.monotonic()
     late = _run_all([[sys.executable, "-m", "linearize_kernels.bench", *job] for job in jobs], choice.compile_seconds)
@@ -198,6 +200,8 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--only", type=_names(SECTIONS), help=f"sections, by commas: {', '.join(SECTIONS)}")
     parser.add_argument("--shapes", type=_names(SHAPES), help=f"by commas: {', '.join(SHAPES)}")
     parser.add_argument("--lengths", type=_numbers, help="tokens of a row, by commas, as 4096 or 4k")
+    parser.add_argument("--window", type=int, default=64, help="tokens that are attended to exactly")
+    parser.add_argument("--map-dim", type=int, default=16, help="of the far term's map")
     parser.add_argument("--batches", type=_numbers, help="rows of a decoding step, by commas")
     parser.add_argument("--peers", type=_names(PEERS), default=list(PEERS), help=f"{', '.join(PEERS)}, or none")
     parser.add_argument("--quick", action="store_true", help="two lengths, two batch sizes, shorter timing")
@@ -257,7 +261,7 @@ def main(arguments=None) -> None:
         f"measured ceilings: copy {ceilings.copy:.0f} GB/s, bfloat16 matrix product {ceilings.product:.0f} TFLOP/s\n"
         "error: relative RMS against float64; %: of these ceilings, by algorithmic counts; roof: the bytes our method "
         "must move, at the copy rate\nsoftmax and fla get k and v repeated to all query heads before the clock starts; "
-        f"fla has neither window, sinks nor gate\n{HEADER}",
+        f"fla has neither window, sinks nor gate\nwindow {choice.window}, map dim {choice.map_dim}\n{HEADER}",
         flush=True,
     )
     rows = []

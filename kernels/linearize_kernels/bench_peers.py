@@ -17,7 +17,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from . import attention_chunked
-from .bench_shapes import Cost, Shape, exact_hybrid, exact_softmax, exact_taylor, hybrid_cost, softmax_cost, taylor_cost
+from .bench_shapes import (
+    Cost,
+    Shape,
+    draw,
+    exact_hybrid,
+    exact_softmax,
+    exact_taylor,
+    hybrid_cost,
+    softmax_cost,
+    taylor_cost,
+)
 
 PEERS = ("sdpa_cudnn", "sdpa_flash", "fla_parallel", "fla_fused_chunk", "fla_chunk", "reference")
 PREFIX = 2048  # tokens of a quadratic definition; causal outputs do not depend on what follows
@@ -64,11 +74,12 @@ def _hybrid(label, role, function, operation, s, *, tolerance=5e-3) -> Candidate
 
 def _ours(operation: str, s: Shape) -> list[Candidate]:
     from .cuda_backward import HEAD_DIM
-    from .cuda_prefill import SHARED_BYTES, attention_prefill_cuda
+    from .cuda_prefill import attention_prefill_cuda, why_not, why_not_text
     from .prefill import attention_prefill
     from .training import attention_training
 
     options = dict(scaling=s.D**-0.5, window=s.window, sinks=s.sinks)
+    one = {**draw(s._replace(B=1, T=1), device="meta")[0], **options}
 
     def ours(label, function):
         return _hybrid(label, "ours", function, operation, s)
@@ -78,13 +89,13 @@ def _ours(operation: str, s: Shape) -> list[Candidate]:
 
     if operation != "prefill":
         found = [trains("", forward="triton", backward="triton")]
-        if s.D in SHARED_BYTES:
+        if not why_not_text(**one):
             found.append(trains(", CUDA forward", forward="cuda", backward="triton"))
-        if s.D == HEAD_DIM and _backward(operation):
+        if s.D == HEAD_DIM and not why_not(**one) and _backward(operation):
             found.append(trains(", CUDA", forward="cuda", backward="cuda"))
         return found
     found = [ours("linearize prefill", lambda *x: attention_prefill(*x, **options)[0])]
-    if s.D in SHARED_BYTES:
+    if not why_not_text(**one):
         found.append(ours("linearize prefill, CUDA", lambda *x: attention_prefill_cuda(*x, **options)[0]))
     return found
 

@@ -1,86 +1,100 @@
-"""Prefill in CUDA C++ (prefill.cu), for the shape that most layers have: `attention_prefill`'s function, faster.
+"""Prefill in CUDA C++, a whole text: `attention_prefill`'s function, faster. Also the forward of training.
 
 B batch, T tokens, H query heads, G kv heads (and far heads), D head dim, V value dim, d map dim, F Taylor features
+
+There are two kernels (cuda_builds.py chooses): prefill.cu for a window of 64 and a map of dim 16, prefill_windows.cu
+for any other window and map.
 """
 
 import math
 
 import torch
+from torch.nn.functional import pad
 
 from . import cuda
+from .cuda_builds import CHUNK, HEAD_DIMS, WINDOWS, Build, choose_build, padded_map_dim
+from .feature_maps import Taylor
 from .state import State
 
-CHUNK, MAP_DIM, NUM_FEATURES, MOST_SINKS = 64, 16, 153, 16  # as in prefill.cu
-SHARED_BYTES, SUMS_SHARED_BYTES = {64: 111680, 128: 223296}, {64: 29760, 128: 46144}  # by head dim, as there
+MOST_MAP_DIM, MOST_SINKS = 16, 16
 PARTS = 2  # sums of one segment
 SHORTEST = 8  # chunks of a segment
+MOST_SEGMENTS = 64  # tried
+SUM_TIME = 1 / 2000  # of a walk, for each kv head that is summed ahead: by bytes, not measured
 FEWEST = 264  # rows times heads with several texts each: two for each multiprocessor of a large GPU
 
 
 def attention_prefill_cuda(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, return_state=True, segments=None,
-                           parts=PARTS):  # fmt: skip
+                           parts=PARTS, defines=None):  # fmt: skip
     """A text from its first token, no padding: arguments as `attention_prefill`.
 
     Returns (out [B, H, T, V], State, or None unless return_state).
 
     segments: so many programs share a text, each after a sum over what precedes it; None: enough to fill the GPU.
+    defines: for measurements, what `choose_build` can be told.
     Arguments must be such that `why_not` finds nothing.
     """
-    groups, size = k.shape[1], q.shape[-1]
-    total = q.new_empty(len(q), groups, NUM_FEATURES, size + 1, dtype=torch.float32)
-    out, k, v = _launch(q, k, v, q_far, k_far, gate, total=total, scaling=scaling, sinks=sinks, segments=segments,
-                        parts=parts)  # fmt: skip
+    groups, size, map_dim = k.shape[1], q.shape[-1], q_far.shape[-1]
+    wide = padded_map_dim(map_dim)
+    total = q.new_empty(len(q), groups, Taylor.num_features(wide), size + 1, dtype=torch.float32)
+    out, k, v = _launch(q, k, v, q_far, k_far, gate, total=total, scaling=scaling, window=window, sinks=sinks,
+                        segments=segments, parts=parts, defines=defines)  # fmt: skip
+    if return_state and wide > map_dim:
+        total = total[:, :, _kept_features(map_dim, wide)]
     state = State.after_text(total, k, v, k_far, sinks=sinks, ring=window - 1) if return_state else None
     return out, state
 
 
 def attention_forward_cuda(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, ends=None, segments=None,
-                           parts=PARTS):  # fmt: skip
+                           parts=PARTS, defines=None):  # fmt: skip
     """What a backward needs of the same: (out, rest, both [B, H, T, V] with equal strides, lse [B, H, T] float32).
 
-    rest: what rounding took from out. lse: base-2 log of each denominator. window: as `why_not` allows, 64.
+    rest: what rounding took from out. lse: base-2 log of each denominator.
     ends [B, T] int32, where rows hold several texts side by side: the last slot of each slot's text. Programs
     that share a row (segments) then take whole texts.
     """
     batch, heads, length, _ = q.shape
     rest, lse = _like(q), q.new_empty(batch, heads, length, dtype=torch.float32)
-    out, _, _ = _launch(q, k, v, q_far, k_far, gate, rest=rest, lse=lse, ends=ends, scaling=scaling, sinks=sinks,
-                        segments=segments, parts=parts)  # fmt: skip
+    out, _, _ = _launch(q, k, v, q_far, k_far, gate, rest=rest, lse=lse, ends=ends, scaling=scaling,
+                        window=window, sinks=sinks, segments=segments, parts=parts, defines=defines)  # fmt: skip
     return out, rest, lse
 
 
-def _launch(q, k, v, q_far, k_far, gate, *, scaling, sinks, segments, parts, total=None, rest=None, lse=None,
-            ends=None):  # fmt: skip
+def _launch(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, segments, parts, defines=None, total=None,
+            rest=None, lse=None, ends=None):  # fmt: skip
     """Runs the kernels; returns out, and k and v as they took them."""
     batch, heads, length, size = q.shape
-    groups, chunks = k.shape[1], -(-length // CHUNK)
-    q, k, v, q_far, mapped = (aligned(x.to(q.dtype)) for x in (q, k, v, q_far, k_far))
+    groups, chunks, map_dim = k.shape[1], -(-length // CHUNK), padded_map_dim(q_far.shape[-1])
+    q, k, v = (aligned(x.to(q.dtype)) for x in (q, k, v))
+    q_far, mapped = (aligned(_widened(x.to(q.dtype), map_dim), map_dim) for x in (q_far, k_far))
     gate = gate.float()
-    if segments is None:
-        segments = choose_segments(batch * heads, chunks, size, q.device) if ends is None else -(-chunks // SHORTEST)
+    build = choose_build(size, map_dim, window, sinks, heads // groups, **(defines or {}))
+    programs = batch * heads // build.heads
+    if segments is None and ends is None:
+        segments = choose_segments(programs, batch * groups, chunks, build, q.device)
+    segments = segments or -(-chunks // SHORTEST)
     span = -(-chunks // (segments * parts)) * parts
     if ends is None:
         segments = -(-chunks // span)
-    out = _like(q)
-    sums = None
+    out, sums = _like(q), None
     if segments > 1 and ends is None:
         number = (segments - 1) * parts
-        sums = q.new_empty(batch * groups, number, 160 * size + 272, dtype=torch.float32)
-        _kernel("prefill_sums_kernel", size, sinks)(
+        sums = q.new_empty(batch * groups, number, build.sum_floats, dtype=torch.float32)
+        build.sums_kernel()(
             (batch * groups, number, 1), (2 * size, 1, 1), v, mapped, sums, *strides(v, mapped),
             length, groups, sinks, span // parts,
         )  # fmt: skip
-    _kernel("prefill_kernel", size, sinks, TRAINING=int(lse is not None), DOCUMENTS=int(ends is not None))(
-        (batch * heads, segments, 1), (4 * size, 1, 1), q, k, v, q_far, mapped, gate, out, rest, lse, total,
+    build.kernel(TRAINING=int(lse is not None), DOCUMENTS=int(ends is not None))(
+        (programs, segments, 1), (build.threads, 1, 1), q, k, v, q_far, mapped, gate, out, rest, lse, total,
         sums, ends, *strides(q, k, v, q_far, mapped, gate, out),
-        length, heads, heads // groups, sinks, span, parts, scaling * math.log2(math.e),
+        length, heads, heads // groups, sinks, span, parts, scaling * math.log2(math.e), *build.more_arguments,
     )  # fmt: skip
     return out, k, v
 
 
-def why_not(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_map="taylor", valid=None, segments=None,
-            log_decay=None, softcap=None, sink_logits=None, state=None, **_) -> str:  # fmt: skip
-    """Why this kernel cannot take these arguments; empty where it can. Asks nothing of the GPU."""
+def why_not_text(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_map="taylor", valid=None,
+                 segments=None, log_decay=None, softcap=None, sink_logits=None, state=None, **_) -> str:  # fmt: skip
+    """Why these kernels cannot take these arguments; empty where they can. Asks nothing of the GPU."""
     tensors, heads, groups = (q, k, v, q_far, k_far, gate), q.shape[1], k.shape[1]
     absent = dict(valid=valid, segments=segments, log_decay=log_decay, softcap=softcap, sink_logits=sink_logits,
                   state=state)  # fmt: skip
@@ -89,10 +103,10 @@ def why_not(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_map=
             q.dtype == k.dtype == v.dtype == torch.bfloat16
         ),
         f"head dims {q.shape[-1]} and {v.shape[-1]}: 64 or 128, both alike": (
-            q.shape[-1] == v.shape[-1] and q.shape[-1] in SHARED_BYTES
+            q.shape[-1] == v.shape[-1] and q.shape[-1] in HEAD_DIMS
         ),
-        f"map dim {q_far.shape[-1]}: 16": q_far.shape[-1] == MAP_DIM,
-        f"window {window}: 64": window == CHUNK,
+        f"map dim {q_far.shape[-1]}: 1 to {MOST_MAP_DIM}": 1 <= q_far.shape[-1] <= MOST_MAP_DIM,
+        f"window {window}: {WINDOWS[0]} to {WINDOWS[-1]}": window in WINDOWS,
         f"{sinks} sinks: up to {MOST_SINKS}": sinks <= MOST_SINKS,
         f"the feature map is {feature_map}, the kernel knows taylor": feature_map == "taylor",
         f"{heads} query heads, {groups} kv heads, {k_far.shape[1]} far heads": (
@@ -107,9 +121,16 @@ def why_not(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_map=
     return next((reason for reason, fine in checks.items() if not fine), "")
 
 
+def why_not(q, k, v, q_far, k_far, gate, *, window, **options) -> str:
+    """As `why_not_text`, of the one window and map dim that prefill.cu and backward.cu know."""
+    checks = {f"map dim {q_far.shape[-1]}: 16": q_far.shape[-1] == 16, f"window {window}: {CHUNK}": window == CHUNK}
+    reason = why_not_text(q, k, v, q_far, k_far, gate, window=window, **options)
+    return reason or next((reason for reason, fine in checks.items() if not fine), "")
+
+
 def why_not_forward(q, *tensors, segments=None, **options) -> str:
-    """As `why_not`, of the forward of training: rows of several texts (segments) fit too."""
-    reason = why_not(q, *tensors, **options)
+    """As `why_not_text`, of the forward of training: rows of several texts (segments) fit too."""
+    reason = why_not_text(q, *tensors, **options)
     if reason or segments is None:
         return reason
     programs = q.shape[0] * q.shape[1]
@@ -117,33 +138,52 @@ def why_not_forward(q, *tensors, segments=None, **options) -> str:
     return "" if programs >= FEWEST else few
 
 
-def why_not_device(device, head_dim: int) -> str:
-    """Why a device cannot run this kernel for a head dim; empty where it can."""
-    reason = cuda.why_not(device)
+def why_not_device(q, k, v, q_far, k_far, gate, *, window, sinks, **_) -> str:
+    """Why the device of tensors that fit cannot run the kernel; empty where it can."""
+    reason = cuda.why_not(q.device)
     if reason:
         return reason
-    available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    needed = SHARED_BYTES[head_dim]
+    available = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    map_dim, group = padded_map_dim(q_far.shape[-1]), q.shape[1] // k.shape[1]
+    needed = choose_build(q.shape[-1], map_dim, window, sinks, group).shared_bytes
     return "" if available >= needed else f"{available} bytes of shared memory a block: {needed} are needed"
 
 
-def choose_segments(programs: int, chunks: int, head_dim: int, device) -> int:
-    """Into how many segments each of `programs` texts and heads goes, so that the GPU is full."""
+def choose_segments(programs: int, key_heads: int, chunks: int, build: Build, device) -> int:
+    """Into how many segments each of `programs` texts and heads goes. key_heads: rows times kv heads.
+
+    prefill.cu: so many that the GPU is full. prefill_windows.cu, whose first pass over keys is cheaper: such that the
+    last blocks to start do not leave the GPU empty for long. Times are in walks of a whole text.
+    """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, min(processors * 128 // head_dim // programs, chunks // SHORTEST))
+    places, most = processors * build.blocks, min(max(1, chunks // SHORTEST), MOST_SEGMENTS)
+    if build.source == "prefill.cu":
+        return max(1, min(places // programs, chunks // SHORTEST))
+
+    def walks(segments: int) -> float:
+        first_pass = key_heads * SUM_TIME if segments > 1 else 0
+        return -(-programs * segments // places) * (1 / segments + 1 / chunks) + first_pass
+
+    return min(range(1, most + 1), key=walks)
 
 
-def _kernel(name: str, head_dim: int, sinks: int, **more):
-    if name == "prefill_sums_kernel":
-        return cuda.kernel("prefill.cu", name, {"HEAD_DIM": head_dim}, SUMS_SHARED_BYTES[head_dim])
-    defines = {"HEAD_DIM": head_dim, "SINKS": -(-sinks // 8) * 8, **more}
-    return cuda.kernel("prefill.cu", name, defines, SHARED_BYTES[head_dim])
+def _widened(x, map_dim: int):
+    """x with columns of zeros up to map_dim."""
+    return x if x.shape[-1] == map_dim else pad(x, [0, map_dim - x.shape[-1]])
 
 
-def aligned(x):
-    """x with rows in one piece that begin on 16 bytes, as asynchronous copies need them."""
-    fine = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
-    return x if fine else x.contiguous()
+def _kept_features(map_dim: int, wide: int) -> list[int]:
+    """Where the features of the first map_dim entries stand among those of `wide`."""
+    pairs = [(i, j) for i in range(wide) for j in range(i, wide)]
+    return [*range(1 + map_dim), *(1 + wide + n for n, (_, j) in enumerate(pairs) if j < map_dim)]
+
+
+def aligned(x, multiple: int = 8):
+    """x with rows in one piece that begin on as many bytes as asynchronous copies need: 16, or 8 for a multiple of 4
+    numbers."""
+    multiple = min(multiple, 8)
+    whole = x.data_ptr() % (2 * multiple) == 0 and all(stride % multiple == 0 for stride in x.stride()[:-1])
+    return x if x.stride(-1) == 1 and whole else x.contiguous()
 
 
 def strides(*tensors):

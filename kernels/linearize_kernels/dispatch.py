@@ -115,6 +115,7 @@ def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
     if reason:
         return Verdict(False, reason)
     from . import cuda_prefill
+    from .cuda_builds import longest_alike
     from .self_test import self_test
 
     needs_grad, prefills = _needs_grad([q, k, v, q_far, k_far, gate, options.get("log_decay")]), _prefills(**options)
@@ -122,14 +123,14 @@ def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
         return Verdict(False, "no gradients through a state in CUDA")
     if not prefills and (needs_grad or options.get("segments") is not None):
         return can_forward_cuda(q, k, v, q_far, k_far, gate, **options, backward=needs_grad, chosen="cuda")
-    reason = cuda_prefill.why_not(q, k, v, q_far, k_far, gate, **options) or cuda_prefill.why_not_device(
-        q.device, q.shape[-1]
-    )
+    tensors = q, k, v, q_far, k_far, gate
+    reason = cuda_prefill.why_not_text(*tensors, **options) or cuda_prefill.why_not_device(*tensors, **options)
     if reason:
         return Verdict(False, reason)
     error, allowed = self_test(
         q.device, q.dtype, prefill=True, cuda="prefill", heads=q.shape[1], groups=k.shape[1], far_heads=k.shape[1],
         head_dim=q.shape[-1], value_dim=v.shape[-1], map_dim=q_far.shape[-1],
+        window=longest_alike(options["window"], q_far.shape[-1]), sinks=options["sinks"],
     )  # fmt: skip
     return _compared(error, allowed, q.device)
 
@@ -142,10 +143,11 @@ def can_forward_cuda(q, k, v, q_far, k_far, gate, *, backward=True, chosen=None,
     """
     from . import cuda_prefill
 
-    def why_not_device(device):
-        return cuda_prefill.why_not_device(device, q.shape[-1])
-
     tensors = q, k, v, q_far, k_far, gate
+
+    def why_not_device(_):
+        return cuda_prefill.why_not_device(*tensors, **options)
+
     return _can_train_cuda("forward", tensors, options, cuda_prefill.why_not_forward, why_not_device, backward, chosen)
 
 
@@ -163,6 +165,7 @@ def can_backward_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
 
 def _can_train_cuda(part: str, tensors, options, why_not, why_not_device, backward=True, chosen=None) -> Verdict:
     from . import cuda
+    from .cuda_builds import longest_alike
     from .self_test import self_test
 
     (q, k, v, q_far, *_), chosen = tensors, chosen or requested()
@@ -173,7 +176,8 @@ def _can_train_cuda(part: str, tensors, options, why_not, why_not_device, backwa
     error, allowed = self_test(
         q.device, q.dtype, prefill=False, cuda=part, heads=q.shape[1], groups=k.shape[1], far_heads=k.shape[1],
         head_dim=q.shape[-1], value_dim=v.shape[-1], map_dim=q_far.shape[-1], backward=backward,
-        masked=options.get("segments") is not None,
+        masked=options.get("segments") is not None, window=longest_alike(options["window"], q_far.shape[-1]),
+        sinks=options["sinks"],
     )  # fmt: skip
     return _compared(error, allowed, q.device)
 

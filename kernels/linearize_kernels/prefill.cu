@@ -85,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS + KEEPERS, BLOCKS) prefil
 // with the sum before the chunk before it. Grid (B · G, number of sums), 128 or 256 threads.
 constexpr unsigned SUMS_V_AT = 0, SUMS_K_FAR_AT = HALVES * 2 * TILE, SUMS_TURNED_AT = SUMS_K_FAR_AT + 2 * FAR_TILE,
                    SUMS_GRAM_AT = SUMS_TURNED_AT + 2 * MAP * TURNED_ROW;
-static_assert(SUMS_GRAM_AT + GRAM_FLOATS * 4 == (HEAD_DIM == 64 ? 29760 : 46144), "cuda_prefill.py says so");
+static_assert(SUMS_GRAM_AT + GRAM_FLOATS * 4 == (HEAD_DIM == 64 ? 29760 : 46144), "cuda_builds.py says so");
 
 extern "C" __global__ void __launch_bounds__(KEEPERS, 4 / HALVES) prefill_sums_kernel(
     const bf16* v, const bf16* k_far, float* sums, int v_b, int v_h, int v_t, int kf_b, int kf_h, int kf_t, int length,

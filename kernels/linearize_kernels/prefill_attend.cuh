@@ -1,5 +1,6 @@
 // The warps of prefill.cu that attend: 16 rows of a chunk and 64 columns of values each.
 #pragma once
+#include "weights.cuh"
 
 // Step s of the features of two rows x, as pairs of entries from pair t on, as a fragment of products: a[i] is row
 // i % 2, entries from 2t + 8 (i / 2) on, times those s further.
@@ -56,18 +57,6 @@ __device__ __forceinline__ void read_sum(float (&acc)[8][4], float (&norm)[2], c
         for (int r = 0; r < 2; r++)
             norm[r] += 0.5f * (low_float(x[r][4 * n]) * y[2 * r] + high_float(x[r][4 * n]) * y[2 * r + 1]);
     }
-}
-
-// Scores of 16 rows and 16 keys as a C fragment: [0 … 3] keys 0 … 7, [4 … 7] keys 8 … 15.
-typedef float Scores[8];
-
-__device__ __forceinline__ int score_row(int i) { return i >> 1 & 1; }  // 0: row g, 1: row g + 8
-__device__ __forceinline__ int score_key(int i, int t) { return (i >> 2) * 8 + 2 * t + (i & 1); }
-
-// c[0 … 3] += a · b[0, 1], c[4 … 7] += a · b[2, 3].
-__device__ __forceinline__ void multiply_add_pair(Scores& c, const unsigned (&a)[4], const unsigned (&b)[4]) {
-    multiply_add(*reinterpret_cast<float(*)[4]>(&c[0]), a, b[0], b[1]);
-    multiply_add(*reinterpret_cast<float(*)[4]>(&c[4]), a, b[2], b[3]);
 }
 
 // Where tiles block … block + 4 (of 16 keys) of chunks c - 1 and c lie in a ring of 12 tiles, in bytes. before: place
@@ -144,17 +133,6 @@ __device__ __forceinline__ void find_shift(float (&shift)[2], const Scores (&sco
     }
 }
 
-// Scores become weights; adds them to total.
-__device__ __forceinline__ void exponentiate(Scores& scores, float (&total)[2], const float (&shift)[2], float scale,
-                                             int count) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        if (i >= count) continue;
-        scores[i] = exp2_fast(scores[i] * scale - shift[score_row(i)]);
-        total[score_row(i)] += scores[i];
-    }
-}
-
 // Weights of 16 mapped keys: T(q_far · k_far) times the gate's weight. Keys before number `first` are sinks, or
 // nothing; edge: only keys up to the row's place count.
 __device__ __forceinline__ void far_weights(Scores& weights, float (&total)[2], const unsigned (&q_far)[4],
@@ -181,32 +159,6 @@ __device__ __forceinline__ void far_weights(Scores& weights, float (&total)[2], 
 #pragma unroll
     for (int i = 0; i < 8; i++) total[score_row(i)] += weights[i];
 }
-
-__device__ __forceinline__ void pack_weights(unsigned (&a)[4], const Scores& weights) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) a[i] = pack_bf16(weights[2 * i], weights[2 * i + 1]);
-}
-
-// acc += weights [16 rows, 16 keys] · values of a tile of 16 keys. turn: 64 for a tile that begins at an odd sixteenth
-// row.
-__device__ __forceinline__ void add_values(float (&acc)[8][4], const unsigned (&a)[4], const unsigned char* v_tile,
-                                           unsigned turn, int lane) {
-    unsigned place = tile_place(lane & 15, lane >> 4) ^ turn;
-#pragma unroll
-    for (int pair = 0; pair < 4; pair++) {
-        unsigned b[4];
-        load_matrices_transposed(b, v_tile + (place ^ (pair << 5)));
-        multiply_add(acc[2 * pair], a, b[0], b[1]);
-        multiply_add(acc[2 * pair + 1], a, b[2], b[3]);
-    }
-}
-
-// Where one head's results go. rest and lse: see prefill_kernel.
-struct Results {
-    bf16 *out, *rest;
-    float* lse;
-    int stride;
-};
 
 // Rows of out and rest, through shared memory, so that a row is one run of 128 bytes.
 __device__ __forceinline__ void store_rows(const Results& to, int column, unsigned char* staged,
@@ -235,17 +187,6 @@ __device__ __forceinline__ void store_rows(const Results& to, int column, unsign
                 *reinterpret_cast<uint4*>(rows + (long long)(token + row) * to.stride + piece * 8) =
                     *reinterpret_cast<const uint4*>(staged + tile_place(row, piece));
         }
-    }
-}
-
-// Base-2 logs of the denominators of rows g and g + 8; one lane of four.
-__device__ __forceinline__ void store_lse(float* lse, const float (&shift)[2], const float (&total)[2], int token,
-                                          int length, int lane) {
-    if (lane & 3) return;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        int query = token + (lane >> 2) + 8 * r;
-        if (query < length) lse[query] = shift[r] + log2_fast(total[r]);
     }
 }
 

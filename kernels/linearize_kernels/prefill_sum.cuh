@@ -127,12 +127,6 @@ __device__ __forceinline__ void start_sum(Sum& sum, unsigned char* gram, const f
         if (i * KEEPERS + thread < GRAM_FLOATS) reinterpret_cast<float*>(gram)[i * KEEPERS + thread] = start[i];
 }
 
-// Row of State.total for the product of entries i and j.
-__device__ __forceinline__ int pair_row(int i, int j) {
-    int low = min(i, j), high = max(i, j);
-    return 1 + MAP + low * MAP - low * (low - 1) / 2 + high - low;
-}
-
 // Puts S and the normaliser into `staged` [153, V + 1], in the order and with the weights of Taylor.expand.
 __device__ void stage_total(float* staged, const Sum& sum, const float* gram, int num_keys, int warp, int lane) {
     const float root_half = 0.70710678118654752f;
@@ -143,7 +137,7 @@ __device__ void stage_total(float* staged, const Sum& sum, const float* gram, in
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             int i = 8 * (n & 1) + 2 * t + e;
-            int row = step == 9 ? 1 + i : step == 8 && i >= 8 ? (i == 8 ? 0 : -1) : pair_row(i, (i + step) % MAP);
+            int row = step == 9 ? 1 + i : step == 8 && i >= 8 ? (i == 8 ? 0 : -1) : pair_row(i, (i + step) % MAP, MAP);
             if (row < 0) continue;
             float weight = step == 0 ? root_half : 1;
 #pragma unroll
@@ -156,7 +150,7 @@ __device__ void stage_total(float* staged, const Sum& sum, const float* gram, in
     }
     for (int word = 32 * warp + lane; word < MAP * MAP; word += KEEPERS) {
         int of = word / 4 % 32, i = of / 4 + (word & 2) * 4, j = 2 * (of % 4) + (word & 1) + word / 128 * 8;
-        if (i <= j) staged[pair_row(i, j) * (HEAD_DIM + 1) + HEAD_DIM] = gram[word] * (i == j ? root_half : 1);
+        if (i <= j) staged[pair_row(i, j, MAP) * (HEAD_DIM + 1) + HEAD_DIM] = gram[word] * (i == j ? root_half : 1);
     }
     if (warp == 0 && lane < MAP) staged[(1 + lane) * (HEAD_DIM + 1) + HEAD_DIM] = gram[MAP * MAP + lane];
     if (warp == 1 && lane == 0) staged[HEAD_DIM] = float(num_keys);

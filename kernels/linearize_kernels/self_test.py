@@ -14,16 +14,19 @@ from .reference import attention_quadratic
 
 @functools.cache
 def self_test(device, dtype, *, prefill: bool, heads: int, groups: int, far_heads: int, head_dim: int,
-              value_dim: int, map_dim: int, decay=False, masked=False, backward=True, cuda=""):  # fmt: skip
+              value_dim: int, map_dim: int, decay=False, masked=False, backward=True, cuda="", window=64,
+              sinks=4):  # fmt: skip
     """Largest relative RMS error of output, gradients (training) and sum (prefill): (error, allowed error).
 
-    Random inputs of 600 tokens, window 64, 4 sinks. NaN counts as infinite. cuda: "prefill", or the part of training,
-    "forward" or "backward", that is to run in CUDA; the rest runs in Triton.
+    Random inputs of 536 tokens more than the window. NaN counts as infinite. cuda: "prefill", or the part of training,
+    "forward" or "backward", that is to run in CUDA; the rest runs in Triton. window, sinks: what CUDA kernels are
+    compiled for.
     """
-    inputs, grad = _draw(device, dtype, heads, groups, far_heads, head_dim, value_dim, map_dim)
-    options = dict(scaling=head_dim**-0.5, window=64, sinks=4)
+    length = 536 + window
+    inputs, grad = _draw(device, dtype, heads, groups, far_heads, head_dim, value_dim, map_dim, length=length)
+    options = dict(scaling=head_dim**-0.5, window=window, sinks=sinks)
     if masked:
-        slots = torch.arange(600, device=device)[None]
+        slots = torch.arange(length, device=device)[None]
         if not cuda:  # CUDA kernels know no padding
             options["valid"] = slots >= 9
         if not prefill:

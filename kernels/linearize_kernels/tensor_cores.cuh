@@ -65,18 +65,18 @@ inline void load_matrices_transposed(unsigned (&r)[4], const unsigned char* row)
 }
 
 // A copy lands as late as it may: where its thread waits.
-struct PendingCopy { unsigned char* to; const void* from; };
+struct PendingCopy { unsigned char* to; const void* from; int bytes; };
 inline std::vector<PendingCopy> pending_copies[1024];
 
-inline void copy_async(unsigned char* to, const void* from, bool real) {
-    if (uintptr_t(to) % 16 || uintptr_t(from) % 16) emulator::fail("an asynchronous copy off 16 bytes");
-    pending_copies[emulator::thread()].push_back({to, real ? from : nullptr});
+template <int BYTES = 16> void copy_async(unsigned char* to, const void* from, bool real) {
+    if (uintptr_t(to) % BYTES || uintptr_t(from) % BYTES) emulator::fail("an asynchronous copy off %d bytes", BYTES);
+    pending_copies[emulator::thread()].push_back({to, real ? from : nullptr, BYTES});
 }
 
 inline void wait_for_copies() {
     for (PendingCopy& copy : pending_copies[emulator::thread()]) {
-        if (copy.from) memcpy(copy.to, copy.from, 16);
-        else memset(copy.to, 0, 16);
+        if (copy.from) memcpy(copy.to, copy.from, copy.bytes);
+        else memset(copy.to, 0, copy.bytes);
     }
     pending_copies[emulator::thread()].clear();
 }
@@ -139,11 +139,15 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], const
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 
-// Sixteen bytes from global to shared memory, zeros where not real. They are there after wait_for_copies, for this
-// thread; for others after a barrier too.
-__device__ __forceinline__ void copy_async(unsigned char* to, const void* from, bool real) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(shared_address(to)), "l"(from), "r"(real ? 16 : 0) : "memory");
+// Sixteen bytes (or eight) from global to shared memory, zeros where not real. They are there after wait_for_copies,
+// for this thread; for others after a barrier too.
+template <int BYTES = 16> __device__ __forceinline__ void copy_async(unsigned char* to, const void* from, bool real) {
+    if (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     :: "r"(shared_address(to)), "l"(from), "r"(real ? 16 : 0) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                     :: "r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(real ? BYTES : 0) : "memory");
 }
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }

@@ -1,0 +1,71 @@
+"""A training micro-batch as one CUDA graph: forward, losses and backward with a single launch, not thousands.
+
+A small model's kernels are shorter than the host takes to launch them; recorded once, they follow each other without
+it. Gradients add up in the parameters' `.grad`, which must stay the same tensors.
+"""
+
+import torch
+
+from .errors import TrainingError
+
+WARM_UP = 3  # micro-batches that run as they are first: kernels are compiled and tested in them, buffers made
+
+
+def why_not(device: torch.device, settings, run) -> str:
+    """Why a stage's micro-batches cannot be recorded: by its section of the recipe, and `run`. Empty: they can."""
+    if device.type != "cuda":
+        return f"it runs on {device.type}"
+    if settings.window_dropout:
+        return "window_dropout changes what is computed from one micro-batch to the next"
+    if run.gradient_checkpointing:
+        return "run.gradient_checkpointing reads the state of random numbers in between"
+    return ""
+
+
+class NotRecorded(TrainingError):
+    """Something in a micro-batch cannot be recorded, as what waits for the device. The micro-batch has not run."""
+
+
+class BatchGraph:
+    """Calls `run(batch, scale=...)` -> figures, by a recording from the fourth micro-batch of one shape on.
+
+    batch: tensors by name; scale, figures: scalars on the device. Figures are overwritten by the next call. Raises
+    NotRecorded, once, at that fourth.
+    """
+
+    def __init__(self, run, device: torch.device):
+        self.run, self.stream = run, torch.cuda.Stream(device)
+        self.graph, self.num_warm, self.inputs, self.figures = None, {}, {}, {}
+
+    def __call__(self, batch: dict[str, torch.Tensor], *, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        given = {**batch, "scale": scale}
+        shapes = tuple((name, tensor.shape) for name, tensor in given.items())
+        if self.graph is None and self.num_warm.get(shapes, 0) >= WARM_UP:
+            self._record(given)
+        if self.graph is None or shapes != self.shapes:
+            self.num_warm[shapes] = self.num_warm.get(shapes, 0) + 1
+            return self._run_aside(batch, scale)
+        for name, tensor in given.items():
+            self.inputs[name].copy_(tensor)
+        self.graph.replay()
+        return self.figures
+
+    def _run_aside(self, batch, scale):
+        """Unrecorded, on the stream that will record: what autograd and cuBLAS keep by stream is then that one's."""
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            figures = self.run(batch, scale=scale)
+        current.wait_stream(self.stream)
+        return figures
+
+    def _record(self, given) -> None:
+        inputs = {name: tensor.clone() for name, tensor in given.items()}
+        graph, batch = torch.cuda.CUDAGraph(), {name: t for name, t in inputs.items() if name != "scale"}
+        try:
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                figures = self.run(batch, scale=inputs["scale"])
+        except RuntimeError as error:
+            raise NotRecorded(str(error).strip().partition("\n")[0]) from error
+        self.shapes = tuple((name, tensor.shape) for name, tensor in inputs.items())
+        self.graph, self.inputs, self.figures = graph, inputs, figures

@@ -1,0 +1,33 @@
+"""Maps of a decode step in one launch against float64; without a GPU in Triton's interpreter, in float32."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from linearize_kernels.map_heads import map_heads  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 16, 35])
+@pytest.mark.parametrize("sizes", [(6, 16, 5), (4, 24, 17), (2, 160, 33)], ids=str)
+def test_each_head_goes_through_its_own_map(sizes, batch, dtype):
+    heads, head_dim, columns = sizes
+    g = torch.Generator().manual_seed(0)
+    # as projections leave them, beside what belongs to values
+    x = torch.randn(batch, 1, heads + 3, head_dim, generator=g).to(DEVICE, dtype).transpose(1, 2)[:, :heads]
+    weight, bias = (torch.randn(heads, n, columns, generator=g).to(DEVICE) for n in (head_dim, 1))
+    out = map_heads(x, weight, bias)
+    expected = torch.einsum("bhtd,hde->bhte", x.double(), weight.double()) + bias.double()
+    assert out.shape == expected.shape and out.dtype == torch.float32 and out.is_contiguous()
+    assert (out - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_gate_of_minus_infinity_stays_one():
+    x, weight, bias = torch.ones(2, 2, 1, 16), torch.ones(2, 16, 3), torch.zeros(2, 1, 3)
+    bias[0, 0, -1] = -torch.inf
+    out = map_heads(*(t.to(DEVICE) for t in (x, weight, bias)))
+    assert out[:, 0, 0].tolist() == [[16, 16, -torch.inf]] * 2 and out[:, 1, 0].tolist() == [[16, 16, 16]] * 2
