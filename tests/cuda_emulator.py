@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+import re
 import shutil
 import subprocess
 import tempfile
@@ -14,11 +15,14 @@ HERE = Path(__file__).parent
 WHY_NOT = "" if shutil.which("g++") else "g++ is not installed"
 OPTIONS = ["-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing",
            "-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]  # fmt: skip
+KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\(.*?\)\s+)?(\w+)\(")
+MESSAGE = """
+extern "C" const char* emulated_message() { return emulator::message; }
+"""
 LAUNCH = """
-extern "C" int emulated_launch(const int* size, int shared, int reverse, void** args) {
+extern "C" int emulated_launch_%s(const int* size, int shared, int reverse, void** args) {
     return emulator::launch(%s, size, shared, reverse, args);
 }
-extern "C" const char* emulated_message() { return emulator::message; }
 """
 
 
@@ -33,7 +37,8 @@ class EmulatedKernel:
     registers = spills = 0
 
     def __init__(self, file: str, name: str, defines: dict, shared_bytes: int, reverse: bool):
-        code = '#include "cuda_on_cpu.h"\n' + cuda.source(file) + LAUNCH % name
+        code = '#include "cuda_on_cpu.h"\n' + cuda.source(file) + MESSAGE  # all kernels of a file at once
+        code += "".join(LAUNCH % (found, found) for found in KERNEL.findall(code))
         options = OPTIONS + [f"-D{key}={value}" for key, value in defines.items()]
         stem = _folder() / hashlib.sha256(f"{code}{options}".encode()).hexdigest()[:16]
         if not stem.with_suffix(".so").exists():
@@ -43,13 +48,14 @@ class EmulatedKernel:
             assert result.returncode == 0, result.stderr
         self.library = ctypes.CDLL(f"{stem}.so")
         self.library.emulated_message.restype = ctypes.c_char_p
+        self.launch = self.library[f"emulated_launch_{name}"]
         self.shared_bytes, self.reverse = shared_bytes, reverse
 
     def __call__(self, grid, block, *args):
         """As `cuda.Kernel.__call__`. Raises RuntimeError with what went wrong."""
         size = (ctypes.c_int * 6)(*grid, *block)
         values, pointers = cuda.pack(args)
-        if self.library.emulated_launch(size, self.shared_bytes, int(self.reverse), pointers):
+        if self.launch(size, self.shared_bytes, int(self.reverse), pointers):
             raise RuntimeError(self.library.emulated_message().decode())
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from test_cuda_prefill import make, relative
 
-from linearize_kernels import attention_quadratic, cuda, cuda_backward
+from linearize_kernels import attention_quadratic, cuda, cuda_backward, cuda_backward_small
 from linearize_kernels.dispatch import can_backward_cuda
+from linearize_kernels.plan import plan_rows
 
 CASES = {
     **{f"length {t}": {"length": t} for t in (1, 63, 64, 65, 127, 200)},
@@ -32,10 +33,10 @@ CASES = {
 }
 
 
-def forward(inputs, *, scaling, window, sinks):
+def forward(inputs, *, scaling, window, sinks, segments=None):
     """out, what its rounding lost, base-2 logs of the denominators, by the definition, in float64."""
     exact = {name: x.double() for name, x in inputs.items()}
-    out, _ = attention_quadratic(**exact, scaling=scaling, window=window, sinks=sinks)
+    out, _ = attention_quadratic(**exact, scaling=scaling, window=window, sinks=sinks, segments=segments)
     heads, groups, length = inputs["q"].shape[1], inputs["k"].shape[1], inputs["q"].shape[2]
     k, k_far = (exact[name].repeat_interleave(heads // groups, 1) for name in ("k", "k_far"))
     scores = exact["q"] @ k.mT * scaling
@@ -43,39 +44,53 @@ def forward(inputs, *, scaling, window, sinks):
     logs = exact["gate"][..., None] + (1 + x + x * x / 2).log()
     slots = torch.arange(length, device=out.device)
     distance = slots[:, None] - slots
-    logs = torch.where((distance < window) | (slots < sinks), scores, logs).masked_fill(distance < 0, -torch.inf)
+    alike = distance == distance if segments is None else (segments[:, :, None] == segments[:, None])[:, None]
+    place = slots if segments is None else slots - (~alike).long().cumprod(-1).sum(-1)  # in its text; [B, 1, T]
+    logs = torch.where((distance < window) | (place < sinks)[..., None, :], scores, logs)
+    logs = logs.masked_fill((distance < 0) | ~alike, -torch.inf)
     rounded = out.bfloat16().transpose(1, 2).contiguous().transpose(1, 2)
     rest = (out - rounded).bfloat16().transpose(1, 2).contiguous().transpose(1, 2)
     return rounded, rest, (logs.logsumexp(-1) / math.log(2)).float()
 
 
-def check(device, monkeypatch, *, far_dtype=None, keep_rest=True, **case):
+def check(device, monkeypatch, *, far_dtype=None, keep_rest=True, frozen=False, change=None, **case):
+    """Errors of all gradients. change(inputs, options): what `make` does not know."""
     inputs, options = make(**case, device=device)
+    if change:
+        inputs, options = change(inputs, options)
     grad = torch.randn(inputs["q"].shape, device=device, generator=torch.Generator(device).manual_seed(1)).bfloat16()
     leaves = {name: x.double().requires_grad_() for name, x in inputs.items()}
     expected = torch.autograd.grad(attention_quadratic(**leaves, **options)[0], list(leaves.values()), grad.double())
     canaries = []
 
-    def like(x, heads, dtype=None):
-        """As cuda_backward._like, one more token long: nothing may write there."""
-        batch, _, length, size = x.shape
-        longer = x.new_full((batch, length + 1, heads, size), torch.nan, dtype=dtype or x.dtype)
+    def like(x, heads, dtype=None, size=None):
+        """As cuda_backward_small.like, one more token long: nothing may write there."""
+        batch, _, length, given = x.shape
+        longer = x.new_full((batch, length + 1, heads, size or given), torch.nan, dtype=dtype or x.dtype)
         canaries.append(longer[:, length])
         return longer[:, :length].transpose(1, 2)
 
-    monkeypatch.setattr(cuda_backward, "_like", like)
+    for module in (cuda_backward, cuda_backward_small):
+        monkeypatch.setattr(module, "like", like)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     try:
         out, rest, lse = forward(inputs, **options)
         rest = rest if keep_rest else torch.zeros_like(rest)
+        segments = options.pop("segments", None)
+        if segments is not None:
+            plan = plan_rows(out.shape[2], None, segments, window=options["window"], sinks=options["sinks"])
+            options |= dict(firsts=plan.first, lasts=plan.last)
         got = cuda_backward.attention_backward_cuda(
-            **inputs, out=out, rest=rest, lse=lse, grad=grad, dtypes=far_dtype and (far_dtype, far_dtype), **options
+            **inputs, out=out, rest=rest, lse=lse, grad=grad, dtypes=far_dtype and (far_dtype, far_dtype),
+            frozen=frozen, **options,
         )  # fmt: skip
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(canaries) == 5 and all(x.isnan().all() for x in canaries)
+    assert len(canaries) == 5 - 3 * frozen and all(x.isnan().all() for x in canaries)
     errors = {}
     for name, x, right in zip(("dq", "dk", "dv", "dq_far", "dk_far", "dgate"), got, expected, strict=True):
+        if x is None and frozen and name in ("dq", "dk", "dv"):
+            continue
         assert x.isfinite().all() and x.shape == right.shape, name
         if name.endswith("far"):
             assert x.dtype == (far_dtype or torch.bfloat16)
@@ -120,9 +135,9 @@ def test_training_takes_it(monkeypatch):
 REFUSED = {
     "head dim": ({"size": 128}, {}, "head dim 128"),
     "few programs": ({"heads": 131}, {}, "131 rows times heads"),
-    "documents": ({"heads": 132}, {"segments": torch.zeros(1, 9)}, "segments"),
+    "texts": ({"heads": 132}, {"segments": torch.zeros(1, 9)}, "segments"),
     "decay": ({"heads": 132}, {"log_decay": torch.zeros(1)}, "log_decay"),
-    "window": ({"heads": 132}, {"window": 32}, "window 32"),
+    "window": ({"heads": 132}, {"window": 32}, "window 32 with map dim 16: 64"),
 }
 
 

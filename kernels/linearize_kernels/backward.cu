@@ -19,6 +19,7 @@
 #include "prefill_sum.cuh"
 #include "prefill_attend.cuh"
 #include "backward_tiles.cuh"
+#include "backward_pairs.cuh"
 #include "backward_sum.cuh"
 #include "backward_query.cuh"
 #include "backward_key.cuh"

@@ -2,61 +2,6 @@
 // keys, columns queries. Also the sinks' gradients, which all queries give.
 #pragma once
 
-struct KeyGradients {
-    float k[8][4], v[8][4], k_far[2][4];
-};
-
-// What one tile of 16 queries gives to 16 keys, exactly and by T(x). Rows of keys and values: of tiles, from 16 block;
-// numbers: lse, delta, weight of the queries, CHUNK apart. far(key, query), exact(key, query): which pairs.
-template <bool EXACT, bool FAR, class Exact, class Far>
-__device__ __forceinline__ void add_queries(KeyGradients& to, const unsigned char* keys, const unsigned char* values,
-                                            int block, const unsigned char* queries, const unsigned char* grads,
-                                            unsigned turn, const float* numbers, const unsigned (&mapped)[4],
-                                            const unsigned char* queries_far, float scale, Exact exact, Far far,
-                                            int lane) {
-    int g = lane >> 2, t = lane & 3;
-    unsigned rows[4][4], packed[4];
-    Scores weights = {}, dp;
-    float2 deltas[2] = {*reinterpret_cast<const float2*>(numbers + CHUNK + 2 * t),
-                        *reinterpret_cast<const float2*>(numbers + CHUNK + 8 + 2 * t)};
-#pragma unroll
-    for (int i = 0; i < 8; i++) dp[i] = i & 1 ? -deltas[i / 4].y : -deltas[i / 4].x;
-    load_rows(rows, values, block, lane);
-    multiply_rows(dp, rows, grads, turn, lane);
-    if (EXACT) {
-        float2 lse[2] = {*reinterpret_cast<const float2*>(numbers + 2 * t),
-                         *reinterpret_cast<const float2*>(numbers + 8 + 2 * t)};
-        load_rows(rows, keys, block, lane);
-        multiply_rows(weights, rows, queries, turn, lane);
-        Scores slopes;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float shift = i & 1 ? lse[i / 4].y : lse[i / 4].x;
-            weights[i] = exact(g + 8 * score_row(i), score_key(i, t)) ? exp2_fast(weights[i] * scale - shift) : 0;
-            slopes[i] = weights[i] * dp[i];
-        }
-        pack_weights(packed, slopes);
-        add_values(to.k, packed, queries, turn, lane);
-    }
-    if (FAR) {
-        float2 factor[2] = {*reinterpret_cast<const float2*>(numbers + 2 * CHUNK + 2 * t),
-                            *reinterpret_cast<const float2*>(numbers + 2 * CHUNK + 8 + 2 * t)};
-        Scores x = {};
-        multiply_mapped(x, mapped, queries_far, lane);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float weight = i & 1 ? factor[i / 4].y : factor[i / 4].x;
-            if (!far(g + 8 * score_row(i), score_key(i, t))) weight = 0;
-            weights[i] += weight * (1 + x[i] * (1 + 0.5f * x[i]));
-            x[i] = weight * (1 + x[i]) * dp[i];
-        }
-        pack_weights(packed, x);
-        add_mapped(to.k_far, packed, queries_far, lane);
-    }
-    pack_weights(packed, weights);
-    add_values(to.v, packed, grads, turn, lane);
-}
-
 // What the sum over newer chunks gives to values and mapped keys.
 __device__ __forceinline__ void newer_queries(KeyGradients& to, const unsigned char* values, int block, const Mapped& x,
                                               const unsigned char* sum, const unsigned char* gram, int lane) {
@@ -85,9 +30,9 @@ __device__ __forceinline__ void add_tile(KeyGradients& to, const unsigned char* 
                                          const unsigned (&mapped)[4], float scale, Exact exact, Far far, int lane) {
     int tile = at / 2048;
     const float* numbers = reinterpret_cast<const float*>(shared + NUMBERS_AT + tile / 4 * NUMBERS) + tile % 4 * 16;
-    add_queries<EXACT, FAR>(to, shared + K_AT, shared + V_AT, block, shared + Q_AT + at, shared + GRAD_AT + at,
-                            tile % 2 * 64, numbers, mapped, shared + Q_FAR_AT + tile * 16 * FAR_ROW, scale, exact, far,
-                            lane);
+    add_queries<EXACT, FAR, false>(to, TileRows{shared + K_AT, block}, TileRows{shared + V_AT, block},
+                                   shared + Q_AT + at, shared + GRAD_AT + at, tile % 2 * 64, numbers, mapped,
+                                   shared + Q_FAR_AT + tile * 16 * FAR_ROW, scale, exact, far, lane);
 }
 
 // The role of half the warps: keys 16 block … of every chunk.
@@ -163,20 +108,6 @@ __device__ __forceinline__ void turn_queries(unsigned char* shared, int place, i
             make_uint4(weights[0], weights[1], weights[2], weights[3]);
 }
 
-}  // namespace key_pass
-
-// lse, delta and weight of a chunk's queries, nothing seen where there are none.
-__device__ __forceinline__ void load_numbers(float* to, const float* lse, const float* delta, const float* weight,
-                                             int first, int length, int thread) {
-    if (thread >= CHUNK) return;
-    int query = first + thread;
-    to[thread] = query < length ? lse[query] : INFINITE;
-    to[CHUNK + thread] = query < length ? delta[query] : 0;
-    if (weight) to[2 * CHUNK + thread] = query < length ? weight[query] : 0;
-}
-
-namespace key_pass {
-
 // The role of the others: they load queries ahead and keep the sum over queries.
 __device__ __forceinline__ void keep_queries(unsigned char* shared, Rows q, Rows q_far, Rows grad, const float* lse,
                                              const float* delta, const float* weight, int last, int length, int warp,
@@ -248,10 +179,10 @@ __device__ __forceinline__ void sink_gradients(unsigned char* shared, Rows q, Ro
         if (token + CHUNK < end) load(token + CHUNK, at ^ 1);
         auto exact = [&](int key, int query) { return key < sinks && token + 16 * warp + query >= key; };
         unsigned rows = at * TILE + warp * 2048;
-        add_queries<true, false>(sums, shared + K_AT, shared + V_AT, 0, shared + Q_AT + rows, shared + GRAD_AT + rows,
-                                 warp % 2 * 64,
-                                 reinterpret_cast<const float*>(shared + NUMBERS_AT) + at * 2 * CHUNK + 16 * warp,
-                                 unused, nullptr, scale, exact, exact, lane);
+        add_queries<true, false, false>(
+            sums, TileRows{shared + K_AT, 0}, TileRows{shared + V_AT, 0}, shared + Q_AT + rows, shared + GRAD_AT + rows,
+            warp % 2 * 64, reinterpret_cast<const float*>(shared + NUMBERS_AT) + at * 2 * CHUNK + 16 * warp, unused,
+            nullptr, scale, exact, exact, lane);
         at ^= 1;
         meet();
     }

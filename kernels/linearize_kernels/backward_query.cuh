@@ -2,132 +2,6 @@
 // that the other kernels need.
 #pragma once
 
-// Numbers of queries, a float each.
-struct QueryNumbers {
-    const float* gate;
-    int gate_stride;
-    const float* lse;                // base 2, infinite where nothing is seen
-    float *delta, *weight, *dgate;   // of the rest
-};
-
-// Sums over keys of a lane's two rows: g and g + 8.
-struct QuerySums {
-    float far[2], weights[2], slopes[2];  // T(x) · (dp - delta), exact weights, their slopes
-};
-
-// dp = grad · valuesᵀ - delta of 16 keys.
-__device__ __forceinline__ void multiply_grads(Scores& dp, const unsigned (&rows_grad)[4][4],
-                                               const unsigned char* values, unsigned turn, const float (&delta)[2],
-                                               int lane) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) dp[i] = -delta[score_row(i)];
-    multiply_rows(dp, rows_grad, values, turn, lane);
-}
-
-// One tile of 16 keys, exact: weights where visible(row, key), slopes; dq += slopes · keys. Leaves dp for the far term.
-template <class Visible>
-__device__ __forceinline__ void exact_queries(float (&dq)[8][4], QuerySums& sums, Scores& dp,
-                                              const unsigned (&rows_grad)[4][4], const unsigned char* q_tile, int block,
-                                              const unsigned char* keys, const unsigned char* values, unsigned turn,
-                                              const float (&lse)[2], const float (&delta)[2], float scale, int count,
-                                              Visible visible, int lane) {
-    unsigned a[4][4], packed[4];
-    Scores scores = {};
-    load_rows(a, q_tile, block, lane);
-    multiply_rows(scores, a, keys, turn, lane);
-    multiply_grads(dp, rows_grad, values, turn, delta, lane);
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        int r = score_row(i);
-        bool sees = i < count && visible((lane >> 2) + 8 * r, score_key(i, lane & 3));
-        float weight = sees ? exp2_fast(scores[i] * scale - lse[r]) : 0;
-        scores[i] = weight * dp[i];
-        sums.weights[r] += weight;
-        sums.slopes[r] += scores[i];
-    }
-    pack_weights(packed, scores);
-    add_values(dq, packed, keys, turn, lane);
-}
-
-// One tile of 16 far keys where visible(row, key). dp: dp - delta. All but for the factor of the query's weight.
-template <class Visible>
-__device__ __forceinline__ void far_queries(float (&dq_far)[2][4], QuerySums& sums, const Scores& dp,
-                                            const unsigned (&mapped)[4], const unsigned char* keys_far,
-                                            Visible visible, int lane) {
-    Scores x = {};
-    unsigned packed[4];
-    multiply_mapped(x, mapped, keys_far, lane);
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        int r = score_row(i);
-        float slope = visible((lane >> 2) + 8 * r, score_key(i, lane & 3)) ? dp[i] : 0;
-        sums.far[r] += slope * (1 + x[i] * (1 + 0.5f * x[i]));
-        x[i] = slope * (1 + x[i]);
-    }
-    pack_weights(packed, x);
-    add_mapped(dq_far, packed, keys_far, lane);
-}
-
-// lse of a lane's rows, infinite where there are none, and the far term's weight.
-__device__ __forceinline__ void load_weights(float (&lse)[2], float (&far_weight)[2], const QueryNumbers& from,
-                                             int token, int length, int sinks, int lane) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        int query = token + (lane >> 2) + 8 * r;
-        lse[r] = query < length ? from.lse[query] : INFINITE;
-        bool sees_far = query < length && query - CHUNK >= sinks;
-        float gate = sees_far ? from.gate[(long long)query * from.gate_stride] * 1.4426950408889634f : 0;
-        far_weight[r] = sees_far ? exp2_fast(gate - lse[r]) : 0;
-    }
-}
-
-// Writes what a lane's rows have: lanes of a row together. Returns the far term's weight in far_weight.
-__device__ __forceinline__ void store_numbers(const QueryNumbers& to, QuerySums& sums, const float (&far_weight)[2],
-                                              const float (&delta)[2], int token, int length, int lane) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float *parts[3] = {&sums.far[r], &sums.weights[r], &sums.slopes[r]};
-#pragma unroll
-        for (int i = 0; i < 3; i++)
-#pragma unroll
-            for (int bit = 1; bit < 4; bit *= 2) *parts[i] += __shfl_xor_sync(ALL_LANES, *parts[i], bit);
-        // `out`, rounded, gives delta too coarsely; the slopes' own sum says by how much (see gradient_kernels.py).
-        float through = far_weight[r] * sums.far[r], missed = through + sums.slopes[r];
-        int query = token + (lane >> 2) + 8 * r;
-        if ((lane & 3) == 0 && query < length) {
-            to.delta[query] = delta[r] + missed;
-            to.weight[query] = far_weight[r];
-            to.dgate[query] = through - missed * (1 - sums.weights[r]);
-        }
-    }
-}
-
-// delta of a chunk's queries: grad · (out + rest). 128 threads.
-__device__ __forceinline__ void find_delta(float* delta, Rows grad, Rows out, const bf16* rest, int first, int length,
-                                           int thread) {
-#pragma unroll 2
-    for (int n = 0; n < 4; n++) {
-        int row = 16 * n + thread / 8, token = first + row;
-        uint4 zero = make_uint4(0, 0, 0, 0), g = zero, o = zero, l = zero;
-        if (token < length) {
-            long long at = (long long)token * out.stride + thread % 8 * 8;
-            g = *reinterpret_cast<const uint4*>(grad.at + (long long)token * grad.stride + thread % 8 * 8);
-            o = *reinterpret_cast<const uint4*>(out.at + at);
-            l = *reinterpret_cast<const uint4*>(rest + at);
-        }
-        const unsigned gs[4] = {g.x, g.y, g.z, g.w}, os[4] = {o.x, o.y, o.z, o.w}, ls[4] = {l.x, l.y, l.z, l.w};
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            sum += low_float(gs[i]) * (low_float(os[i]) + low_float(ls[i]));
-            sum += high_float(gs[i]) * (high_float(os[i]) + high_float(ls[i]));
-        }
-#pragma unroll
-        for (int bit = 1; bit < 8; bit *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, bit);
-        if (thread % 8 == 0) delta[row] = sum;
-    }
-}
-
 // What the sum over older chunks gives to dq_far and the gate.
 __device__ __forceinline__ void older_keys(float (&dq_far)[2][4], QuerySums& sums, const unsigned (&rows_grad)[4][4],
                                            const Mapped& x, const float (&delta)[2], const unsigned char* sum,
@@ -157,13 +31,14 @@ __device__ __forceinline__ void near_keys(float (&acc)[8][4], float (&acc_far)[2
                                           int lane) {
     const unsigned char* keys_far = shared + K_FAR_AT + before * FAR_TILE;
     Scores dp;
+    const TileRows rows_q = {shared + Q_AT, block};
 #pragma unroll UNROLL
     for (int n = 0; n < 5; n++) {
         unsigned turn = (block + n) % 2 * 64, at = find_tile(before, block + n);
         int low = first - 16 * (block + n);
         auto visible = [&](int i, int key) { return key >= low && (n > 0 || key > i) && (n < 4 || key <= i); };
-        exact_queries(acc, sums, dp, rows_grad, shared + Q_AT, block, shared + K_AT + at, shared + V_AT + at, turn,
-                      lse, delta, scale, 8, visible, lane);
+        exact_queries<false>(acc, sums, dp, rows_grad, rows_q, shared + K_AT + at, shared + V_AT + at, turn, lse, delta,
+                             scale, 8, visible, lane);
         if (n == 0) {
             auto far = [&](int i, int key) { return key >= low && key <= i; };
             far_queries(acc_far, sums, dp, mapped, keys_far + 16 * block * FAR_ROW, far, lane);
@@ -171,8 +46,8 @@ __device__ __forceinline__ void near_keys(float (&acc)[8][4], float (&acc_far)[2
     }
     if (SINKS) {
         auto visible = [&](int i, int key) { return key < sinks && key <= token + i; };
-        exact_queries(acc, sums, dp, rows_grad, shared + Q_AT, block, shared + SINK_K_AT, shared + SINK_V_AT, 0,
-                      lse, delta, scale, SINKS > 8 ? 8 : 4, visible, lane);
+        exact_queries<false>(acc, sums, dp, rows_grad, rows_q, shared + SINK_K_AT, shared + SINK_V_AT, 0, lse, delta,
+                             scale, SINKS > 8 ? 8 : 4, visible, lane);
     }
 }
 
@@ -208,7 +83,7 @@ __device__ __forceinline__ void attend_queries(unsigned char* shared, Rows q, Ro
         int token = c * CHUNK + row;
         float lse[2], far_weight[2], delta[2], acc[8][4] = {}, acc_far[2][4] = {};
         QuerySums sums = {};
-        load_weights(lse, far_weight, numbers, token, length, sinks, lane);
+        load_weights(lse, far_weight, numbers, token, length, CHUNK, {sinks, sinks}, lane);
         wait_for_copies();
         meet();  // A
         Mapped x;

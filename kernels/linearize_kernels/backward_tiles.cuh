@@ -3,6 +3,11 @@
 
 static_assert(HEAD_DIM == 64, "head dim 64 only");
 
+#ifndef SMALL_MAP
+#define SMALL_MAP 0  // 1: mapped vectors have up to 4 numbers, and four zeros in shared memory (backward_small.cu)
+#endif
+constexpr unsigned MAPPED_ROW = SMALL_MAP ? 16 : FAR_ROW;
+
 // Numbers of the mapped vectors' gradients: bfloat16 or float32.
 #if FAR_FLOAT
 typedef float far_t;
@@ -73,17 +78,23 @@ __device__ __forceinline__ void multiply_rows(Scores& c, const unsigned (&a)[4][
 __device__ __forceinline__ void multiply_mapped(Scores& c, const unsigned (&x)[4], const unsigned char* rows,
                                                 int lane) {
     unsigned b[4];
-    load_matrices(b, rows + ((lane & 7) + (lane >> 4) * 8) * FAR_ROW + (lane >> 3 & 1) * 16);
+    if (SMALL_MAP) {
+        load_matrices(b, rows + (lane & 15) * MAPPED_ROW);
+        b[2] = b[1];
+        b[1] = b[3] = 0;
+    } else {
+        load_matrices(b, rows + ((lane & 7) + (lane >> 4) * 8) * MAPPED_ROW + (lane >> 3 & 1) * 16);
+    }
     multiply_add_pair(c, x, b);
 }
 
-// acc [16, 16 dims] += a [16, 16] · 16 mapped vectors.
+// acc [16, 16 dims] += a [16, 16] · 16 mapped vectors. Of small ones acc[0] alone.
 __device__ __forceinline__ void add_mapped(float (&acc)[2][4], const unsigned (&a)[4], const unsigned char* rows,
                                            int lane) {
     unsigned b[4];
-    load_matrices_transposed(b, rows + (lane & 15) * FAR_ROW + (lane >> 4) * 16);
+    load_matrices_transposed(b, rows + (lane & 15) * MAPPED_ROW + (SMALL_MAP ? 0 : (lane >> 4) * 16));
     multiply_add(acc[0], a, b[0], b[1]);
-    multiply_add(acc[1], a, b[2], b[3]);
+    if (!SMALL_MAP) multiply_add(acc[1], a, b[2], b[3]);
 }
 
 // Mapped vectors of rows g and g + 8, from rows that stand twice: pairs of entries, from pair t on, turning around.

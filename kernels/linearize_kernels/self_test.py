@@ -103,14 +103,14 @@ def _prefill_results(inputs, options, cuda):
 
 
 def _training_results(inputs, options, grad, backward, cuda):
-    """Output and gradients, then (Triton's backward is another program there) those with q, k and v frozen."""
+    """Output and gradients, then (where the backward is another program) those with q, k and v frozen."""
     from .training import attention_training
 
     parts = {part: "cuda" if part == cuda else "triton" for part in ("forward", "backward")}
     expected = _gradients(attention_quadratic, inputs, options, grad.double(), backward)
     trained = functools.partial(attention_training, **parts)
     got = _gradients(trained, inputs, options, grad, backward)
-    if backward and cuda != "backward":
+    if backward:
         frozen = ("q", "k", "v")
         got += _gradients(trained, inputs, options, grad, True, frozen)
         expected += [expected[0], *expected[1 + len(frozen) :]]

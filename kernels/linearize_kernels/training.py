@@ -177,9 +177,11 @@ class _Attention(torch.autograd.Function):
         plain, sum_settings, scaling, window, sinks, config, far_dtypes = ctx.settings
         q, k, v, q_far, k_far, gate, decay, out, rest, lse, *saved = ctx.saved_tensors
         if ctx.in_cuda:
+            plan = Plan(plain, *saved[: len(Plan._fields) - 1])
             *gradients, dgate = attention_backward_cuda(
                 q, k, v, q_far, k_far, gate, out, rest, lse, grad, scaling=scaling, window=window, sinks=sinks,
-                dtypes=far_dtypes,
+                dtypes=far_dtypes, firsts=None if plain else plan.first, lasts=None if plain else plan.last,
+                frozen=not any(ctx.needs_input_grad[:3]),
             )  # fmt: skip
             return *gradients, dgate.to(gate.dtype), *[None] * 9
         plan, sums, grad = Plan(plain, *saved[:7]), Sums(*saved[7:], *sum_settings), row_major(grad)
