@@ -34,7 +34,7 @@ class BatchGraph:
     """
 
     def __init__(self, run, device: torch.device):
-        self.run, self.stream = run, torch.cuda.Stream(device)
+        self.run, self.stream = run, torch.cuda.Stream(device)  # warm-ups and the recording are on this stream
         self.graph, self.num_warm, self.inputs, self.figures = None, {}, {}, {}
 
     def __call__(self, batch: dict[str, torch.Tensor], *, scale: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -63,9 +63,27 @@ class BatchGraph:
         inputs = {name: tensor.clone() for name, tensor in given.items()}
         graph, batch = torch.cuda.CUDAGraph(), {name: t for name, t in inputs.items() if name != "scale"}
         try:
+            self._rehearse(batch)
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 figures = self.run(batch, scale=inputs["scale"])
         except RuntimeError as error:
             raise NotRecorded(str(error).strip().partition("\n")[0]) from error
         self.shapes = tuple((name, tensor.shape) for name, tensor in inputs.items())
         self.graph, self.inputs, self.figures = graph, inputs, figures
+
+    def _rehearse(self, batch) -> None:
+        """Runs once what is recorded then, for kernels to be compiled: no gradient and no random number comes of it."""
+        state = torch.cuda.get_rng_state(self.stream.device)
+        self._run_aside(least_special(batch), torch.zeros((), device=self.stream.device))
+        torch.cuda.set_rng_state(state, self.stream.device)
+
+
+def least_special(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`batch` with two texts in each row, or with padding: without, masks are left out, which a recording cannot do."""
+    if "attention_mask" in batch:
+        mask = batch["attention_mask"].clone()
+        mask[:, -1] = 0
+        return {**batch, "attention_mask": mask}
+    positions = torch.arange(batch["position_ids"].shape[1], device=batch["position_ids"].device)
+    half = -(-len(positions) // 2)
+    return {**batch, "position_ids": (positions % half).expand_as(batch["position_ids"])}

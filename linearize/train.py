@@ -101,7 +101,7 @@ class _Loop:
         )  # fmt: skip
         self.parameters = [p for g in stage.groups for p in g.parameters]
         self.compiled, self.has_run_compiled = nullcontext, False  # makes the context in which a micro-batch trains
-        self.train_batch = self.run_compiled  # how a micro-batch runs with gradients
+        self.train_batch, self.graph = self.run_compiled, None  # how a micro-batch runs with gradients
         self.step, self.bad_evaluations, self.finished = 0, 0, False
         self.first_error, self.best_error, self.best_step, self.best = math.inf, math.inf, 0, None
 
@@ -137,6 +137,7 @@ class _Loop:
             if self.finished or self.step % self.run.checkpoint_every == 0:
                 self.save()
         bar.close()
+        self.train_batch = self.graph = None  # and its memory
         with torch.no_grad():
             for parameter, best in zip(self.parameters, self.best, strict=True):
                 parameter.copy_(best)
@@ -214,7 +215,7 @@ class _Loop:
                 words = f"{self.stage.name}: no CUDA graph: {error}. Set run.cuda_graph to null."
                 raise TrainingError(words) from error
             self.log.say(f"{self.stage.name}: micro-batches are not recorded as a CUDA graph: {error}")
-        self.train_batch = self.run_compiled
+        self.train_batch, self.graph = self.run_compiled, None
         return self.run_compiled(batch, scale=scale)
 
     def run_compiled(self, batch, *, scale) -> dict[str, torch.Tensor]:

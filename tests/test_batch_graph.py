@@ -7,7 +7,7 @@ from pico import convert, make_model, make_tokens
 from test_train import make_data, make_match, settings_of
 
 from linearize import train as train_module
-from linearize.batch_graph import WARM_UP, BatchGraph, NotRecorded, why_not
+from linearize.batch_graph import WARM_UP, BatchGraph, NotRecorded, least_special, why_not
 from linearize.errors import TrainingError
 from linearize.finetune import FinetuneStage, add_lora
 from linearize.match import MatchStage
@@ -26,6 +26,15 @@ def test_reasons_against_a_recording():
     assert "cpu" in why_not(torch.device("cpu"), settings, run)
     assert "window_dropout" in why_not(cuda, MatchSettings(window_dropout=0.1), run)
     assert "gradient_checkpointing" in why_not(cuda, settings, RunSettings(gradient_checkpointing=True))
+
+
+def test_a_rehearsal_has_what_masks_are_made_for():
+    tokens = torch.zeros(2, 5, dtype=torch.long)
+    packed = least_special({"input_ids": tokens, "position_ids": torch.arange(5).expand(2, -1)})
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1]] * 2 and packed["input_ids"] is tokens
+    mask = torch.ones(2, 5, dtype=torch.long)
+    padded = least_special({"input_ids": tokens, "attention_mask": mask})
+    assert padded["attention_mask"].tolist() == [[1, 1, 1, 1, 0]] * 2 and mask.all()
 
 
 def parameters_after(folder, choice):
@@ -84,17 +93,18 @@ def training_layers():
     return FinetuneStage(model, FinetuneSettings(train="layers", loss=LossSettings(ce=1.0, kl=1.0)))
 
 
-def make_batch(number: int, length: int = 192) -> dict[str, torch.Tensor]:
-    """Rows of one document, or of documents of another length every time."""
-    positions = torch.arange(length) % (length if number == 5 else 40 + 17 * number)
+def make_batch(number: int, length: int = 192, *, whole=()) -> dict[str, torch.Tensor]:
+    """Rows of one document for numbers in `whole`, or of documents of another length every time."""
+    positions = torch.arange(length) % (length if number in whole else 40 + 17 * number)
     tokens = make_tokens(2, length, seed=number)
     batch = {"input_ids": tokens, "position_ids": positions.expand(2, -1), "labels": tokens}
     return {name: tensor.to("cuda") for name, tensor in batch.items()}
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("whole", [(5,), (0, 1, 2, 3)])
 @pytest.mark.parametrize("make", [matching, finetuning, training_layers])
-def test_recorded_micro_batches_have_the_numbers_of_others(make):
+def test_recorded_micro_batches_have_the_numbers_of_others(make, whole):
     """Figures and gradients of eight batches in turn, dropout included; one has another shape."""
     stage = make()
     parameters = [p for group in stage.groups for p in group.parameters]
@@ -104,7 +114,7 @@ def test_recorded_micro_batches_have_the_numbers_of_others(make):
 
     def numbers(function, number):
         torch.manual_seed(number)
-        batch = make_batch(number, 128 if number == 6 else 192)
+        batch = make_batch(number, 128 if number == 6 else 192, whole=whole)
         figures = function(batch, scale=torch.tensor(1 / (1 + number), device="cuda"))
         values = [v.clone() for v in figures.values()]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
@@ -131,8 +141,9 @@ def test_what_waits_for_the_device_is_refused_and_has_not_run():
         return {"loss": torch.tensor(total.item(), device="cuda")}
 
     recorded, scale = BatchGraph(run, torch.device("cuda")), torch.ones((), device="cuda")
+    batch = {"position_ids": torch.zeros(1, 4, dtype=torch.long, device="cuda")}
     for _ in range(WARM_UP):
-        recorded({}, scale=scale)
+        recorded(batch, scale=scale)
     with pytest.raises(NotRecorded):
-        recorded({}, scale=scale)
+        recorded(batch, scale=scale)
     assert total.item() == WARM_UP

@@ -101,7 +101,7 @@ def test_weights_sum_to_one(gate, monkeypatch):
 
 REFUSED = {
     "float32": (dict(q=lambda x: x.float()), {}, "bfloat16"),
-    "window": ({}, {"window": 32}, "window 32"),
+    "window": ({}, {"window": 1}, "window 1"),
     "sinks": ({}, {"sinks": 17}, "17 sinks"),
     "padding": ({}, {"valid": torch.ones(1, 90, dtype=torch.bool)}, "valid"),
     "decay": ({}, {"log_decay": torch.zeros(1)}, "log_decay"),
@@ -115,7 +115,7 @@ def test_refuses(name):
     inputs, options = make(heads=2)
     changes, more, reason = REFUSED[name]
     inputs.update({key: change(inputs[key]) for key, change in changes.items()})
-    assert reason in cuda_prefill.why_not(**inputs, **{**options, **more})
+    assert reason in cuda_prefill.why_not_text(**inputs, **{**options, **more})
 
 
 def test_forced_where_it_cannot_run():

@@ -83,7 +83,7 @@ def evaluate_model(
     Raises LinearizeError if lm-eval is not installed, DataError if a task is unknown or its data is missing.
     """
     _require_lm_eval()
-    pretrained = model.config._name_or_path
+    pretrained = getattr(model.config, "_name_or_path", "")  # no attribute of a converted one in transformers 5.17
     task_manager, names = find_tasks(tasks, include_path=include_path, pretrained=pretrained)
     return _evaluate(model, tokenizer, names, task_manager, limit, batch_size, num_fewshot)
 

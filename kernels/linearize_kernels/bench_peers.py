@@ -73,13 +73,13 @@ def _hybrid(label, role, function, operation, s, *, tolerance=5e-3) -> Candidate
 
 
 def _ours(operation: str, s: Shape) -> list[Candidate]:
-    from .cuda_backward import HEAD_DIM
-    from .cuda_prefill import attention_prefill_cuda, why_not, why_not_text
+    from . import cuda_backward
+    from .cuda_prefill import attention_prefill_cuda, why_not_text
     from .prefill import attention_prefill
     from .training import attention_training
 
     options = dict(scaling=s.D**-0.5, window=s.window, sinks=s.sinks)
-    one = {**draw(s._replace(B=1, T=1), device="meta")[0], **options}
+    one = {**draw(s._replace(T=1), device="meta")[0], **options}
 
     def ours(label, function):
         return _hybrid(label, "ours", function, operation, s)
@@ -91,7 +91,7 @@ def _ours(operation: str, s: Shape) -> list[Candidate]:
         found = [trains("", forward="triton", backward="triton")]
         if not why_not_text(**one):
             found.append(trains(", CUDA forward", forward="cuda", backward="triton"))
-        if s.D == HEAD_DIM and not why_not(**one) and _backward(operation):
+        if _backward(operation) and not why_not_text(**one) and not cuda_backward.why_not(**one):
             found.append(trains(", CUDA", forward="cuda", backward="cuda"))
         return found
     found = [ours("linearize prefill", lambda *x: attention_prefill(*x, **options)[0])]

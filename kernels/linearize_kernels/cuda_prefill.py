@@ -32,7 +32,7 @@ def attention_prefill_cuda(q, k, v, q_far, k_far, gate, *, scaling, window, sink
 
     segments: so many programs share a text, each after a sum over what precedes it; None: enough to fill the GPU.
     defines: for measurements, what `choose_build` can be told.
-    Arguments must be such that `why_not` finds nothing.
+    Arguments must be such that `why_not_text` finds nothing.
     """
     groups, size, map_dim = k.shape[1], q.shape[-1], q_far.shape[-1]
     wide = padded_map_dim(map_dim)
@@ -119,13 +119,6 @@ def why_not_text(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature
         **{f"{name} is not built": x is None for name, x in absent.items()},
     }
     return next((reason for reason, fine in checks.items() if not fine), "")
-
-
-def why_not(q, k, v, q_far, k_far, gate, *, window, **options) -> str:
-    """As `why_not_text`, of the one window and map dim that prefill.cu and backward.cu know."""
-    checks = {f"map dim {q_far.shape[-1]}: 16": q_far.shape[-1] == 16, f"window {window}: {CHUNK}": window == CHUNK}
-    reason = why_not_text(q, k, v, q_far, k_far, gate, window=window, **options)
-    return reason or next((reason for reason, fine in checks.items() if not fine), "")
 
 
 def why_not_forward(q, *tensors, segments=None, **options) -> str:
