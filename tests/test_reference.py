@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from linearize_kernels import FEATURE_MAPS, State, attention_chunked, attention_quadratic, reference
+from linearize_kernels import FEATURE_MAPS, State, attention_chunked, attention_quadratic, reference, segments_of
 
 F64 = {"dtype": torch.float64}
 
@@ -262,3 +262,14 @@ def test_low_precision_and_large_scores(dtype, tolerance):
     out, _ = attention_chunked(**{n: t.to(dtype) for n, t in x.items()}, **options, chunk=16)
     error = (out.double() - expected).norm() / expected.norm()
     assert out.dtype == dtype and math.isfinite(error) and error < tolerance
+
+
+def test_texts_by_cu_seqlens_are_those_texts_alone():
+    """Of lengths 5, 0, 1 and 20, and a rest that is a text of its own."""
+    cu_seqlens, inputs = torch.tensor([0, 5, 5, 6, 26], dtype=torch.int32), make_inputs(batch=1, length=30)
+    options = dict(scaling=0.3, window=4, sinks=2)
+    segments = segments_of(cu_seqlens, 30)
+    out, _ = attention_chunked(**inputs, **options, segments=segments)
+    for start, end in [(0, 5), (5, 6), (6, 26), (26, 30)]:
+        alone, _ = attention_chunked(**{name: x[:, :, start:end] for name, x in inputs.items()}, **options)
+        torch.testing.assert_close(out[:, :, start:end], alone)

@@ -32,6 +32,16 @@ def plain_plan(device) -> Plan:
     return Plan(True, *[torch.zeros(1, dtype=torch.int32, device=device)] * 7)
 
 
+def segments_of(cu_seqlens, length: int) -> torch.Tensor:
+    """[1, length] int64, what `attention` takes as `segments`, of texts one after the other in a single row.
+
+    cu_seqlens [N + 1] int, as of flash attention: where each text begins, from 0, and the last one ends. A text may be
+    empty; what follows the last is a text of its own. Does not wait for the device.
+    """
+    places = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), places, right=True)[None]
+
+
 _newest: tuple = (None, None, None)  # what the newest plan was made from and for, and the plan
 
 
