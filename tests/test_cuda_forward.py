@@ -13,7 +13,7 @@ import torch
 from test_cuda_backward import forward
 from test_cuda_prefill import make, relative
 
-from linearize_kernels import attention, attention_quadratic, cuda, cuda_prefill
+from linearize_kernels import attention, attention_quadratic, cuda, cuda_backward, cuda_prefill
 from linearize_kernels.dispatch import can_forward_cuda, can_run_cuda
 from linearize_kernels.plan import plan_rows
 
@@ -166,6 +166,7 @@ def test_a_forced_forward_runs_or_raises(documents, shape, monkeypatch):
     monkeypatch.setattr(cuda, "why_not", lambda device: "")
     monkeypatch.setattr(cuda_prefill, "why_not_device", lambda *_, **options: "")
     monkeypatch.setattr(cuda_prefill, "FEWEST", 1)
+    monkeypatch.setattr(cuda_backward, "why_not", lambda *_, **options: "gradients have tests of their own")
     monkeypatch.setattr("linearize_kernels.self_test.self_test", self_test)
     length = 36 + shape.get("window", 64)
     inputs, options = make(length=length, **shape)

@@ -55,6 +55,8 @@ TRAINING = {
     "head dim 128": dict(head_dim=128),
     "head dim 48": dict(head_dim=48),
     "float32 map and gate": dict(far_dtype=torch.float32),
+    "frozen": dict(frozen=True),
+    "frozen, far heads a query head": dict(frozen=True, far_heads=4),
     "inference": dict(training=False),
     "inference, decay": dict(training=False, decay=True),
     "inference, segments": dict(training=False, cuts=(300, 700)),
@@ -103,21 +105,21 @@ def mask(length: int, pad: int):
     return torch.arange(length).expand(1, -1) >= pad if pad else None
 
 
-def train(dtype, *, training=True, cuts=(), pad=0, **sizes):
+def train(dtype, *, training=True, frozen=False, cuts=(), pad=0, **sizes):
     tensors, options = draw(dtype, **sizes)
     length, segments = tensors[0].shape[2], None
     if cuts:
         segments = torch.zeros(1, length, dtype=torch.long)
         segments[:, list(cuts)] = 1
         segments = segments.cumsum(1)
-    tensors = [x.requires_grad_(training) for x in tensors]
+    tensors = [x.requires_grad_(training and not (frozen and i < 3)) for i, x in enumerate(tensors)]
     if training and options["log_decay"] is not None:
         tensors.append(options["log_decay"].requires_grad_())
     out = attention_training(
         *tensors[:6], **options, valid=mask(length, pad), segments=segments, forward="triton", backward="triton"
     )
     if training:
-        torch.autograd.grad(out, tensors, torch.ones_like(out))
+        torch.autograd.grad(out, [x for x in tensors if x.requires_grad], torch.ones_like(out))
 
 
 def empty_state(k, v, k_far, *, ring: int):
