@@ -8,16 +8,21 @@ import torch
 
 from .errors import TrainingError
 
+LONGEST = 8192  # tokens of a row: a mask of all pairs takes 128 MB in bfloat16
 WARM_UP = 3  # micro-batches that run as they are first: kernels are compiled and tested in them, buffers made
 
 
-def why_not(device: torch.device, settings, run) -> str:
-    """Why a stage's micro-batches cannot be recorded: by its section of the recipe, and `run`. Empty: they can."""
+def why_not(device: torch.device, model, sequences, settings) -> str:
+    """Why a stage's micro-batches of `sequences` cannot be recorded, by its section of the recipe. Empty: they can."""
     if device.type != "cuda":
         return f"it runs on {device.type}"
+    if not sequences.packing:
+        return "data.packing is false, so that hardly two micro-batches have one length"
+    if sequences.sequence_length > LONGEST:
+        return f"rows of {sequences.sequence_length} tokens: above {LONGEST} the masks that it always makes cost more"
     if settings.window_dropout:
         return "window_dropout changes what is computed from one micro-batch to the next"
-    if run.gradient_checkpointing:
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return "run.gradient_checkpointing reads the state of random numbers in between"
     return ""
 
@@ -66,7 +71,7 @@ class BatchGraph:
             self._rehearse(batch)
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 figures = self.run(batch, scale=inputs["scale"])
-        except RuntimeError as error:
+        except (RuntimeError, TrainingError) as error:  # the latter, of a compiler that fails here
             raise NotRecorded(str(error).strip().partition("\n")[0]) from error
         self.shapes = tuple((name, tensor.shape) for name, tensor in inputs.items())
         self.graph, self.inputs, self.figures = graph, inputs, figures
@@ -79,11 +84,7 @@ class BatchGraph:
 
 
 def least_special(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`batch` with two texts in each row, or with padding: without, masks are left out, which a recording cannot do."""
-    if "attention_mask" in batch:
-        mask = batch["attention_mask"].clone()
-        mask[:, -1] = 0
-        return {**batch, "attention_mask": mask}
+    """`batch` with two texts in each row: of one, no mask is made, which a recording cannot leave out."""
     positions = torch.arange(batch["position_ids"].shape[1], device=batch["position_ids"].device)
     half = -(-len(positions) // 2)
     return {**batch, "position_ids": (positions % half).expand_as(batch["position_ids"])}

@@ -106,6 +106,7 @@ class Decoder:
         rows = torch.tensor(list(slots), device=self.device)
         if self.is_static:
             self.cache.load(state, rows, max_new_tokens=max_new_tokens)
+            self.merged.refresh()
         else:
             if self.cache is None:
                 each = state.select([0] * len(self.token))

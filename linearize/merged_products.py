@@ -35,7 +35,11 @@ class MergedProducts:
             yield
 
     def refresh(self) -> None:
-        """Parameters that have got other memory since, as a merged LoRA's, are views again, of their new values."""
+        """Parameters that have got other memory since, as a merged LoRA's, are views again, of their new values.
+
+        Layers that have got hooks or a forward of their own since are on their own again.
+        """
+        self.products = [p for p in self.products if not any(map(has_own_call, p.linears))]
         for product in self.products:
             product.refresh()
 
@@ -57,6 +61,7 @@ class Product:
         self.input = self.parts = None  # between the first and the last call on one input
         self.refresh()
 
+    @torch.inference_mode(False)  # the model's weights outlive the mode, and may be trained
     @torch.no_grad()
     def refresh(self) -> None:
         """Makes each parameter a view of its rows of the buffer, with the values it has."""
@@ -130,6 +135,7 @@ def can_merge(linears) -> bool:
     )
 
 
+@torch.inference_mode(False)
 def joined(parameters) -> torch.Tensor:
     """A buffer [sum M_i, ...] for parameters [M_i, ...]: that in which the first lies already, else a new one."""
     first, shape = parameters[0].detach(), (sum(len(p) for p in parameters), *parameters[0].shape[1:])

@@ -322,6 +322,10 @@ class Recipe(Section):
         name = self.attention.feature_map.name
         if not self.has_far_term and self.finetune.window_dropout:
             yield f"finetune.window_dropout: attention.feature_map.name {name} has no linear part to train; set it to 0"
+        if self.run.cuda_graph and self.run.gradient_checkpointing and self.finetune.tokens:
+            yield "run.cuda_graph: finetuning with run.gradient_checkpointing cannot be recorded; set it to null"
+        if self.run.cuda_graph and any(stage.window_dropout for stage in self.trained.values()):
+            yield "run.cuda_graph: a stage with window_dropout cannot be recorded; set it to null"
         if self.match.far_mass and not self.attention.sinks:
             yield "match.far_mass: is measured against the sinks' share; set attention.sinks to 1 or more, or it to 0"
         yield from length_problems(self, self.attention.window)

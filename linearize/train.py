@@ -2,7 +2,7 @@
 
 A stage says how a micro-batch becomes gradients; the loop does the rest, on any number of processes. Which
 sequences a step takes, in what order, and what dropout drops follow from the step's number, so a run that was killed
-goes on with the losses it would have had.
+goes on with the losses it would have had (on a GPU, up to rounding: its first steps are not recorded yet).
 """
 
 import math
@@ -116,7 +116,7 @@ class _Loop:
 
     def record(self) -> None:
         """Has micro-batches recorded as a CUDA graph where `run.cuda_graph` says so, or says nothing and it can be."""
-        reason = why_not(self.accelerator.device, self.settings, self.run)
+        reason = why_not(self.accelerator.device, self.stage.model, self.data.train, self.settings)
         if self.run.cuda_graph and reason:
             raise TrainingError(f"run.cuda_graph: {self.stage.name} cannot be recorded: {reason}. Set it to null.")
         if self.run.cuda_graph is not False and not reason and not self.finished:

@@ -1,5 +1,7 @@
 """Micro-batches as a CUDA graph: the numbers are those without it, whatever the batch, and a refusal stops nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -8,10 +10,10 @@ from test_train import make_data, make_match, settings_of
 
 from linearize import train as train_module
 from linearize.batch_graph import WARM_UP, BatchGraph, NotRecorded, least_special, why_not
-from linearize.errors import TrainingError
+from linearize.errors import RecipeError, TrainingError
 from linearize.finetune import FinetuneStage, add_lora
 from linearize.match import MatchStage
-from linearize.recipe import FinetuneSettings, LoraSettings, LossSettings, MatchSettings, RunSettings
+from linearize.recipe import FinetuneSettings, LoraSettings, LossSettings, MatchSettings, RunSettings, load_recipe
 from linearize.run_log import RunLog
 from linearize.train import train
 from linearize.trained_weights import TrainedWeights
@@ -21,20 +23,27 @@ WIDE = dict(hidden_size=256, num_attention_heads=4, num_key_value_heads=2)  # he
 
 
 def test_reasons_against_a_recording():
-    cuda, settings, run = torch.device("cuda"), MatchSettings(), RunSettings()
-    assert why_not(cuda, settings, run) == ""
-    assert "cpu" in why_not(torch.device("cpu"), settings, run)
-    assert "window_dropout" in why_not(cuda, MatchSettings(window_dropout=0.1), run)
-    assert "gradient_checkpointing" in why_not(cuda, settings, RunSettings(gradient_checkpointing=True))
+    cuda, model, rows, settings = torch.device("cuda"), make_model(), make_data().train, MatchSettings()
+    assert why_not(cuda, model, rows, settings) == ""
+    assert "cpu" in why_not(torch.device("cpu"), model, rows, settings)
+    assert "data.packing" in why_not(cuda, model, make_data(packing=False).train, settings)
+    assert "rows of 8193" in why_not(cuda, model, replace(rows, sequence_length=8193), settings)
+    assert "window_dropout" in why_not(cuda, model, rows, MatchSettings(window_dropout=0.1))
+    model.gradient_checkpointing_enable()
+    assert "gradient_checkpointing" in why_not(cuda, model, rows, settings)
+
+
+@pytest.mark.parametrize("change", ["run.gradient_checkpointing=true", "match.window_dropout=0.1"])
+def test_a_recipe_that_asks_for_what_cannot_be_recorded_is_refused(change):
+    load_recipe("quickstart", ["run.cuda_graph=null", change])
+    with pytest.raises(RecipeError, match="run.cuda_graph: .* cannot be recorded; set it to null"):
+        load_recipe("quickstart", ["run.cuda_graph=true", change])
 
 
 def test_a_rehearsal_has_what_masks_are_made_for():
     tokens = torch.zeros(2, 5, dtype=torch.long)
     packed = least_special({"input_ids": tokens, "position_ids": torch.arange(5).expand(2, -1)})
     assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1]] * 2 and packed["input_ids"] is tokens
-    mask = torch.ones(2, 5, dtype=torch.long)
-    padded = least_special({"input_ids": tokens, "attention_mask": mask})
-    assert padded["attention_mask"].tolist() == [[1, 1, 1, 1, 0]] * 2 and mask.all()
 
 
 def parameters_after(folder, choice):

@@ -173,7 +173,7 @@ GPU_CASES = {
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_on_gpu(name, monkeypatch):
-    assert cuda_backward.why_not_device(torch.device("cuda")) == ""
+    assert cuda_backward.why_not_device(torch.device("cuda"), small=False) == ""
     passes(check("cuda", monkeypatch, **GPU_CASES[name]))
 
 

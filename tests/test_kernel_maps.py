@@ -4,6 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from linearize_kernels import self_test  # noqa: E402
 from linearize_kernels.map_heads import map_heads  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
@@ -31,3 +32,11 @@ def test_a_gate_of_minus_infinity_stays_one():
     bias[0, 0, -1] = -torch.inf
     out = map_heads(*(t.to(DEVICE) for t in (x, weight, bias)))
     assert out[:, 0, 0].tolist() == [[16, 16, -torch.inf]] * 2 and out[:, 1, 0].tolist() == [[16, 16, 16]] * 2
+
+
+def test_the_self_test_sees_a_wrong_product(monkeypatch):
+    sizes = dict(heads=3, head_dim=16, columns=5)
+    assert self_test.maps_agree(torch.device(DEVICE), torch.float32, **sizes)
+    wrong = lambda x, *maps: map_heads(x, *maps) * 1.001  # noqa: E731
+    monkeypatch.setattr("linearize_kernels.map_heads.map_heads", wrong)
+    assert not self_test.maps_agree(torch.device(DEVICE), torch.float32, **sizes)

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from linearize.decoding import Decoder
 from linearize.merged_products import can_merge
+from linearize.state import read
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEW, IDS = 3, make_tokens(1, 13).to(DEVICE)
@@ -110,6 +111,39 @@ def test_a_decoder_follows_weights_that_moved_or_changed():
     assert attention.k_proj.weight.data_ptr() == buffer[32].data_ptr(), "a view again"
     model.load_state_dict({n: x.clone() * 1.1 for n, x in model.state_dict().items()}, assign=True)
     check_answers(decoder, model)
+
+
+def test_rows_put_in_later_follow_too():
+    model = make()
+    decoder, weight = static(model), model.model.layers[0].self_attn.k_proj.weight
+    decoder.prefill(IDS)
+    with torch.no_grad():
+        weight.data = weight * -0.5
+    state = read(model, IDS)
+    decoder.replace_rows([0], state, seeds=[0])
+    got = decoder.decode_n(NEW)
+    check_answers(static(model), model)
+    expected = Decoder(model, batch=1, mode="eager")
+    expected.start(state)
+    assert torch.equal(got, expected.decode_n(NEW))
+    assert relative_error(decoder.logits, expected.logits) < (1e-5 if DEVICE == "cpu" else 1e-4)
+
+
+def test_a_forward_of_its_own_given_later_counts():
+    model = make()
+    decoder, linear = static(model), model.model.layers[0].self_attn.k_proj
+    linear.forward = lambda x: -torch.nn.functional.linear(x, linear.weight)
+    check_answers(decoder, model)
+    assert merged(decoder) == [[48, 48]]
+
+
+def test_a_model_that_decoded_in_inference_mode_can_still_train():
+    model = make()
+    with torch.inference_mode():
+        static(model).prefill(IDS)
+    assert not any(p.is_inference() for p in model.parameters())
+    model(IDS, labels=IDS, use_cache=False).loss.backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.norm() > 0
 
 
 def test_what_is_not_plain_stays_alone():

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from linearize_kernels import FEATURE_MAPS, State, attention_chunked, attention_quadratic, reference, segments_of
+from linearize_kernels import (
+    FEATURE_MAPS,
+    State,
+    attention,
+    attention_chunked,
+    attention_quadratic,
+    reference,
+    segments_of,
+)
 
 F64 = {"dtype": torch.float64}
 
@@ -273,3 +281,13 @@ def test_texts_by_cu_seqlens_are_those_texts_alone():
     for start, end in [(0, 5), (5, 6), (6, 26), (26, 30)]:
         alone, _ = attention_chunked(**{name: x[:, :, start:end] for name, x in inputs.items()}, **options)
         torch.testing.assert_close(out[:, :, start:end], alone)
+
+
+@pytest.mark.parametrize("name", ["valid", "segments"])
+def test_masks_of_another_batch_are_refused(name):
+    """They would be read beyond their end."""
+    mask = torch.ones(1, 30, dtype=torch.bool if name == "valid" else torch.long)
+    inputs = make_inputs(batch=2, length=30)
+    with pytest.raises(ValueError, match=rf"{name} is \[1, 30\]: \[rows, tokens\] of q, \[2, 30\]; expand it"):
+        attention(**inputs, scaling=0.3, window=4, sinks=2, **{name: mask})
+    attention(**inputs, scaling=0.3, window=4, sinks=2, **{name: mask.expand(2, -1)})

@@ -104,6 +104,7 @@ def why_not(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_map=
             {q_far.dtype, k_far.dtype} <= {torch.bfloat16, torch.float32}
         ),
         "a float64 gate": gate.dtype != torch.float64,
+        f"{batch} rows": batch >= 1,
         f"{length} tokens: 1 to {2**24}": 1 <= length <= 2**24,
         "a stride beyond 2**31": all(abs(s) < 2**31 for x in tensors for s in x.stride()),
         **{f"{name} is not built": x is None for name, x in absent.items()},
@@ -113,13 +114,13 @@ def why_not(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_map=
     return next((reason for reason, fine in checks.items() if not fine), "")
 
 
-def why_not_device(device) -> str:
-    """Why a device cannot run these kernels; empty where it can."""
+def why_not_device(device, *, small: bool) -> str:
+    """Why a device cannot run these kernels, those of small maps or the others; empty where it can."""
     reason = cuda.why_not(device)
     if reason:
         return reason
     available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    needed = max(*SHARED_BYTES.values(), *SMALL_SHARED_BYTES.values())
+    needed = max((SMALL_SHARED_BYTES if small else SHARED_BYTES).values())
     return "" if available >= needed else f"{available} bytes of shared memory a block: {needed} are needed"
 
 

@@ -114,6 +114,7 @@ def why_not_text(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature
         ),
         f"scaling {scaling}: above 0": scaling > 0,
         "a float64 map or gate": torch.float64 not in (q_far.dtype, k_far.dtype, gate.dtype),
+        f"{q.shape[0]} rows": q.shape[0] >= 1,
         f"{q.shape[2]} tokens: 1 to {2**24}": 1 <= q.shape[2] <= 2**24,
         "a stride beyond 2**31": all(abs(s) < 2**31 for x in tensors for s in x.stride()),
         **{f"{name} is not built": x is None for name, x in absent.items()},

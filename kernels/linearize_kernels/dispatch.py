@@ -39,12 +39,15 @@ NO_TRITON = Verdict(False, "Triton is not installed")
 def attention(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_map="taylor", valid=None,
               segments=None, log_decay=None, softcap=None, sink_logits=None, state=None, return_state=False,
               implementation="auto"):  # fmt: skip
-    """Hybrid attention by the fastest implementation that can run: arguments, result as
+    """Hybrid attention, in CUDA where that can run, else in Triton, else by the reference: arguments, result as
     `attention_quadratic`.
 
-    implementation: one of IMPLEMENTATIONS. Raises ValueError for another name, and RuntimeError with the reason
-    where "triton" or "cuda" is forced and cannot run.
+    implementation: one of IMPLEMENTATIONS. Raises ValueError for another name, or where `valid` or `segments` is not
+    [B, T], and RuntimeError with the reason where "triton" or "cuda" is forced and cannot run.
     """
+    for name, x in (("valid", valid), ("segments", segments)):
+        if x is not None and x.shape != (q.shape[0], q.shape[2]):
+            raise ValueError(f"{name} is {list(x.shape)}: [rows, tokens] of q, {[q.shape[0], q.shape[2]]}; expand it")
     options = dict(
         scaling=scaling, window=window, sinks=sinks, feature_map=feature_map, valid=valid, segments=segments,
         log_decay=log_decay, softcap=softcap, sink_logits=sink_logits, state=state, return_state=return_state,
@@ -160,7 +163,11 @@ def can_backward_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
     from . import cuda_backward
 
     tensors = q, k, v, q_far, k_far, gate
-    return _can_train_cuda("backward", tensors, options, cuda_backward.why_not, cuda_backward.why_not_device)
+
+    def why_not_device(device):
+        return cuda_backward.why_not_device(device, small=q_far.shape[-1] <= cuda_backward.MOST_DIMS)
+
+    return _can_train_cuda("backward", tensors, options, cuda_backward.why_not, why_not_device)
 
 
 def _can_train_cuda(part: str, tensors, options, why_not, why_not_device, backward=True, chosen=None) -> Verdict:

@@ -54,6 +54,9 @@ def self_test_decode(device, dtype, *, launch, splits: int, heads: int, groups: 
     from .decode import FOLD, DecodeState, decode
     from .reference import attention_chunked
 
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu and not maps_agree(device, dtype, heads=heads + groups, head_dim=head_dim, columns=map_dim + 1):
+        return math.inf, 0.0
     prompt, length = window + 100, window + 100 + 2 * FOLD
     inputs, _ = _draw(device, dtype, heads, groups, groups, head_dim, value_dim, map_dim, length=length)
     log_decay = inputs.pop("log_decay")
@@ -71,6 +74,22 @@ def self_test_decode(device, dtype, *, launch, splits: int, heads: int, groups: 
     error = ((got - expected[:, :, prompt:]).norm() / expected[:, :, prompt:].norm()).item()
     allowed = 2e-2 if sum_dtype == torch.bfloat16 else 1e-4 if dtype == torch.float32 else 1e-2
     return math.inf if math.isnan(error) else error, allowed
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def maps_agree(device, dtype, *, heads: int, head_dim: int, columns: int) -> bool:
+    """Whether `map_heads`, which a decode step maps by, multiplies in float32, for few rows and many."""
+    from .map_heads import map_heads
+
+    generator = torch.Generator(device).manual_seed(0)
+    weight, bias = (torch.randn(heads, n, columns, generator=generator, device=device) for n in (head_dim, 1))
+    for rows in (1, 40):
+        x = torch.randn(rows, heads, 1, head_dim, generator=generator, device=device).to(dtype)
+        expected = (x.double().transpose(0, 1)[:, :, 0] @ weight.double() + bias.double()).transpose(0, 1)[:, :, None]
+        if not (map_heads(x, weight, bias) - expected).norm() < 1e-4 * expected.norm():
+            return False
+    return True
 
 
 def _draw(device, dtype, heads, groups, far_heads, head_dim, value_dim, map_dim, length=600):
