@@ -4,7 +4,6 @@ import copy
 import functools
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -21,17 +20,7 @@ from linearize.recipe import AttentionSettings, KeepSoftmaxSettings, load_recipe
 from linearize.variants import ablated_attention, restored_softmax, softmax_attention
 from linearize_eval import ranking as ranking_module
 from linearize_eval.perplexity import perplexity, token_nll
-from linearize_eval.ranking import (
-    Scale,
-    chosen_units,
-    curve_sizes,
-    greedy,
-    load_ranking,
-    num_sets,
-    rank,
-    save_ranking,
-)
-from linearize_eval.ranking_report import recipe_lines
+from linearize_eval.ranking import Scale, curve_sizes, greedy, num_sets, rank
 from linearize_eval.recall import copy_recall
 
 LAYERS = 4
@@ -274,31 +263,6 @@ def test_from_the_command_line_and_back(tmp_path):
         load_recipe("quickstart", ["attention.keep_softmax=[0, 1]"])
     with pytest.raises(RecipeError, match="recall needs an evaluate.recall_distances of 16 to"):
         load_recipe("quickstart", ["attention.keep_softmax.count=2", "evaluate.recall_distances=[100000]"])
-
-
-@pytest.mark.parametrize("unit", ["layer", "kv_head"])
-def test_a_ranking_is_reused_by_the_names_it_writes(unit, tmp_path):
-    """As saved and as printed, a chain is what another recipe takes, and it keeps what counting would have kept."""
-    chain = [[2, 1], [0, 1], [2, 0]] if unit == "kv_head" else [[2, None], [0, None]]
-    save_ranking({"format": 1, "unit": unit, "by": "kl", "chain": chain}, tmp_path / "ranking.json")
-    ranking, model = load_ranking(tmp_path / "ranking.json"), copy.deepcopy(base_model())
-    linearize_(model, attention())
-    keep_softmax_(model, heads_by_layer(chosen_units(ranking, model, len(chain))))
-
-    key, named = ("heads", ranking["chain"]) if unit == "kv_head" else ("layers", [i for i, _ in ranking["chain"]])
-    as_saved = load_recipe("quickstart", [f"attention.keep_softmax.{key}={json.dumps(named)}"])
-    counted, by_name = recipe_lines(ranking, len(chain)).split("# or, by name: ")
-    printed = []
-    for lines in (counted, "attention:\n  " + by_name):
-        (tmp_path / "recipe.yaml").write_text("model: {id: a/b}\ndata: {source: x.txt}\n" + lines)
-        printed.append(load_recipe(tmp_path / "recipe.yaml").attention.keep_softmax)
-    assert (printed[0].count, printed[0].by, printed[0].unit) == (len(chain), "kl", unit)
-    for keep in (as_saved.attention.keep_softmax, printed[1]):
-        other = copy.deepcopy(base_model())
-        linearize_(other, replace(attention(), keep_softmax=keep))
-        specs = [m.config.linear_attention for m in (model, other)]
-        assert [(s["layers"], s["kept_heads"]) for s in specs] == [(specs[0]["layers"], specs[0]["kept_heads"])] * 2
-        assert len(specs[0]["layers"]) == (3 if unit == "kv_head" else 2)
 
 
 def test_distances_that_are_ranked():

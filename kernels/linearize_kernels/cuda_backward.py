@@ -9,9 +9,9 @@ import math
 import torch
 
 from . import cuda
-from .cuda_backward_small import MOST_DIMS, alike, attention_backward_small, like
+from .cuda_backward_small import MOST_DIMS, attention_backward_small
 from .cuda_backward_small import SHARED_BYTES as SMALL_SHARED_BYTES
-from .cuda_prefill import aligned, strides
+from .layout import aligned, alike, like, strides
 
 HEAD_DIM, MAP_DIM, WINDOW, MOST_SINKS = 64, 16, 64, 16  # WINDOW: of maps of MAP_DIM
 WINDOWS = range(2, 513)  # of maps of up to MOST_DIMS

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from . import cuda
-from .cuda_prefill import aligned, strides
+from .layout import aligned, alike, like, strides
 
 CHUNK, MOST_DIMS, FEATURES = 64, 4, 16  # as in backward_small.cu
 SHARED_BYTES = {"key_sum_kernel": 22528, "query_sum_kernel": 22528, "query_kernel": 42240, "key_kernel": 39488}
@@ -63,15 +63,3 @@ def attention_backward_small(q, k, v, q_far, k_far, gate, out, rest, lse, grad, 
         length, groups, group, window, sinks, *number, far_dtype=dtypes[1],
     )  # fmt: skip
     return dq, dk, dv, dq_far[..., :map_dim], dk_far[..., :map_dim], dgate
-
-
-def like(x, heads: int, dtype=None, size=None):
-    """An empty [B, heads, T, size] tensor, in memory [B, T, heads, size]: joining heads copies nothing."""
-    batch, _, length, given = x.shape
-    return x.new_empty(batch, length, heads, size or given, dtype=dtype or x.dtype).transpose(1, 2)
-
-
-def alike(out, rest):
-    """Both with the same strides, in whole pieces of 16 bytes."""
-    out, rest = aligned(out), aligned(rest)
-    return (out, rest) if out.stride() == rest.stride() else (out.contiguous(), rest.contiguous())

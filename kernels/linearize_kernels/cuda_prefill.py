@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from . import cuda
 from .cuda_builds import CHUNK, HEAD_DIMS, WINDOWS, Build, choose_build, padded_map_dim
 from .feature_maps import Taylor
+from .layout import aligned, like, strides
 from .state import State
 
 MOST_MAP_DIM, MOST_SINKS = 16, 16
@@ -54,7 +55,7 @@ def attention_forward_cuda(q, k, v, q_far, k_far, gate, *, scaling, window, sink
     that share a row (segments) then take whole texts.
     """
     batch, heads, length, _ = q.shape
-    rest, lse = _like(q), q.new_empty(batch, heads, length, dtype=torch.float32)
+    rest, lse = like(q), q.new_empty(batch, heads, length, dtype=torch.float32)
     out, _, _ = _launch(q, k, v, q_far, k_far, gate, rest=rest, lse=lse, ends=ends, scaling=scaling,
                         window=window, sinks=sinks, segments=segments, parts=parts, defines=defines)  # fmt: skip
     return out, rest, lse
@@ -76,7 +77,7 @@ def _launch(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, segments, pa
     span = -(-chunks // (segments * parts)) * parts
     if ends is None:
         segments = -(-chunks // span)
-    out, sums = _like(q), None
+    out, sums = like(q), None
     if segments > 1 and ends is None:
         number = (segments - 1) * parts
         sums = q.new_empty(batch * groups, number, build.sum_floats, dtype=torch.float32)
@@ -170,21 +171,3 @@ def _kept_features(map_dim: int, wide: int) -> list[int]:
     """Where the features of the first map_dim entries stand among those of `wide`."""
     pairs = [(i, j) for i in range(wide) for j in range(i, wide)]
     return [*range(1 + map_dim), *(1 + wide + n for n, (_, j) in enumerate(pairs) if j < map_dim)]
-
-
-def aligned(x, multiple: int = 8):
-    """x with rows in one piece that begin on as many bytes as asynchronous copies need: 16, or 8 for a multiple of 4
-    numbers."""
-    multiple = min(multiple, 8)
-    whole = x.data_ptr() % (2 * multiple) == 0 and all(stride % multiple == 0 for stride in x.stride()[:-1])
-    return x if x.stride(-1) == 1 and whole else x.contiguous()
-
-
-def strides(*tensors):
-    return [stride for x in tensors for stride in x.stride()[:3]]
-
-
-def _like(q):
-    """An empty tensor of q's shape, in memory [B, T, H, V]: joining heads copies nothing."""
-    batch, heads, length, size = q.shape
-    return q.new_empty(batch, length, heads, size).transpose(1, 2)

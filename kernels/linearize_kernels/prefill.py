@@ -11,10 +11,11 @@ import torch
 
 from .configs import config_for
 from .decode import feature_pairs
+from .layout import row_major
 from .plan import plain_plan, plan_line
 from .state import State
 from .sums import key_sums
-from .training import launch_forward, row_major
+from .training import launch_forward
 from .training import why_not as why_training_cannot
 
 

@@ -22,6 +22,7 @@ from .configs import Tiles, config_for, padded, precision
 from .cuda_backward import attention_backward_cuda
 from .cuda_prefill import attention_forward_cuda, attention_prefill_cuda
 from .dispatch import can_backward_cuda, can_forward_cuda
+from .layout import like, row_major, strides
 from .picks import make_picks
 from .plan import Plan, plain_plan, plan_rows
 from .sums import Sums, key_sums, no_sums, query_sums
@@ -74,21 +75,6 @@ def why_not(q, k, v, q_far, k_far, gate, *, feature_map="taylor", softcap=None, 
     return next((reason for reason, fine in checks.items() if not fine), "")
 
 
-def row_major(x):
-    """x with its last dim contiguous, as the kernels need it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _like(x, shape, dtype=None):
-    """An empty [B, heads, T, size] tensor, in memory [B, T, heads, size]: joining heads copies nothing."""
-    batch, heads, length, size = shape
-    return x.new_empty(batch, length, heads, size, dtype=dtype or x.dtype).transpose(1, 2)
-
-
-def _strides(*tensors):
-    return [s for x in tensors for s in x.stride()[:3]]
-
-
 def _constants(q, v, q_far, plan: Plan, sums: Sums, log_decay, tiles: Tiles):
     picks = make_picks(q_far.shape[-1], q.dtype, q.device)
     sizes = {"D": q.shape[-1], "V": v.shape[-1], "F": q_far.shape[-1]}
@@ -116,12 +102,12 @@ def launch_forward(q, k, v, q_far, k_far, gate, log_decay, plan: Plan, sums: Sum
     """
     batch, heads, length, _ = q.shape
     picks = make_picks(q_far.shape[-1], q.dtype, q.device)
-    out = _like(q, (batch, heads, length, v.shape[-1]))
+    out = like(q, size=v.shape[-1])
     rest = torch.empty_like(out) if keep_rest else out
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
     forward_kernels.forward_kernel[(triton.cdiv(length, tiles.queries), batch * heads)](
         q, k, v, q_far, k_far, gate, gate if log_decay is None else log_decay, out, rest, lse, *plan[1:],
-        picks.columns, picks.ones, *sums.arguments(), *_strides(q, k, v, q_far, k_far, gate, out),
+        picks.columns, picks.ones, *sums.arguments(), *strides(q, k, v, q_far, k_far, gate, out),
         k.shape[2], window, sinks, *_heads(q, k, k_far), offset, int(past), *sums.sizes(), picks.num_features,
         scaling * math.log2(math.e), **_constants(q, v, q_far, plan, sums, log_decay, tiles), REST=keep_rest,
     )  # fmt: skip
@@ -174,16 +160,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        if ctx.in_cuda:
+            return _backward_in_cuda(ctx, grad)
         plain, sum_settings, scaling, window, sinks, config, far_dtypes = ctx.settings
         q, k, v, q_far, k_far, gate, decay, out, rest, lse, *saved = ctx.saved_tensors
-        if ctx.in_cuda:
-            plan = Plan(plain, *saved[: len(Plan._fields) - 1])
-            *gradients, dgate = attention_backward_cuda(
-                q, k, v, q_far, k_far, gate, out, rest, lse, grad, scaling=scaling, window=window, sinks=sinks,
-                dtypes=far_dtypes, firsts=None if plain else plan.first, lasts=None if plain else plan.last,
-                frozen=not any(ctx.needs_input_grad[:3]),
-            )  # fmt: skip
-            return *gradients, dgate.to(gate.dtype), *[None] * 9
         plan, sums, grad = Plan(plain, *saved[:7]), Sums(*saved[7:], *sum_settings), row_major(grad)
         if ctx.lacks_sums:  # made here they take no memory between forward and backward
             sums, _ = key_sums(k_far, v, plan, config, sinks=sinks)
@@ -191,10 +171,10 @@ class _Attention(torch.autograd.Function):
         delta, weight, dgate = (torch.empty_like(lse) for _ in range(3))
         ddecay = delta if decay is None else torch.empty_like(lse)
         exact = any(ctx.needs_input_grad[:3])  # in matching q, k and v are a frozen model's
-        dq, dk, dv = (_like(x, x.shape) if exact else x for x in (q, k, v))  # not exact: never written
+        dq, dk, dv = (like(x) if exact else x for x in (q, k, v))  # not exact: never written
         parked = exact and k_far.shape[1] > k.shape[1]  # dk_far is then added to in memory
-        dq_far = _like(q_far, q_far.shape, far_dtypes[0])
-        dk_far = _like(k_far, k_far.shape, torch.float32 if parked else far_dtypes[1])
+        dq_far = like(q_far, dtype=far_dtypes[0])
+        dk_far = like(k_far, dtype=torch.float32 if parked else far_dtypes[1])
         scale, heads = scaling * math.log2(math.e), _heads(q, k, k_far)
         picks = make_picks(q_far.shape[-1], q.dtype, q.device)
 
@@ -205,7 +185,7 @@ class _Attention(torch.autograd.Function):
         gradient_kernels.query_gradient_kernel[(triton.cdiv(length, tiles.queries), q.shape[0] * q.shape[1])](
             q, k, v, q_far, k_far, gate, rates, out, rest, grad, lse, delta, weight, dq, dq_far, dgate, ddecay,
             *plan[1:], *picks.arguments(), *sums.arguments(),
-            *_strides(q, k, v, q_far, k_far, gate, out, grad, dq, dq_far),
+            *strides(q, k, v, q_far, k_far, gate, out, grad, dq, dq_far),
             length, window, sinks, *heads, *sums.sizes(), picks.num_features, scale, scaling,
             **constants(tiles), REST=q.dtype != torch.float32,
         )  # fmt: skip
@@ -215,7 +195,7 @@ class _Attention(torch.autograd.Function):
         gradient_kernels.key_gradient_kernel[(triton.cdiv(length, tiles.keys), k.shape[0] * k.shape[1])](
             q, k, v, q_far, k_far, rates, grad, lse, delta, weight, dk, dv, dk_far,
             plan.segments, plan.codes, plan.last, *picks.arguments(), *sums.arguments(),
-            *_strides(q, k, v, q_far, k_far, grad, dk, dv, dk_far),
+            *strides(q, k, v, q_far, k_far, grad, dk, dv, dk_far),
             length, window, sinks, *heads, *sums.sizes(), picks.num_features, scale, scaling, **constants(tiles),
         )  # fmt: skip
         if exact and plan.plain and sinks:
@@ -229,6 +209,19 @@ class _Attention(torch.autograd.Function):
         return *((dq, dk, dv) if exact else [None] * 3), *gradients, *[None] * 8
 
 
+def _backward_in_cuda(ctx, grad):
+    """All that `_Attention.backward` returns."""
+    plain, _, scaling, window, sinks, _, far_dtypes = ctx.settings
+    q, k, v, q_far, k_far, gate, _, out, rest, lse, *saved = ctx.saved_tensors
+    plan = Plan(plain, *saved[: len(Plan._fields) - 1])
+    *gradients, dgate = attention_backward_cuda(
+        q, k, v, q_far, k_far, gate, out, rest, lse, grad, scaling=scaling, window=window, sinks=sinks,
+        dtypes=far_dtypes, firsts=None if plain else plan.first, lasts=None if plain else plan.last,
+        frozen=not any(ctx.needs_input_grad[:3]),
+    )  # fmt: skip
+    return *gradients, dgate.to(gate.dtype), *[None] * 9
+
+
 def _put_sink_gradients(dk, dv, q, k, v, grad, lse, delta, *, sinks, scale, scaling):
     """Writes the gradients of a plain batch's sinks into dk and dv."""
     (batch, groups, length, head_dim), value_dim = k.shape, v.shape[-1]
@@ -237,7 +230,7 @@ def _put_sink_gradients(dk, dv, q, k, v, grad, lse, delta, *, sinks, scale, scal
     part_k, part_v = (k.new_empty(*parts, size, dtype=torch.float32) for size in (head_dim, value_dim))
     heads, tiles = q.shape[1], triton.cdiv(sinks, sink_gradient_kernels.SINK_TILE.value)
     sink_gradient_kernels.sink_gradient_kernel[(parts[0], batch * groups, tiles)](
-        q, k, v, grad, lse, delta, part_k, part_v, *_strides(q, k, v, grad),
+        q, k, v, grad, lse, delta, part_k, part_v, *strides(q, k, v, grad),
         length, SINK_SPAN, sinks, heads, heads // groups, scale, scaling,
         D=head_dim, V=value_dim, DP=padded(head_dim), VP=padded(value_dim), BM=32 if q.dtype == torch.float32 else 64,
         PRECISION=precision(q.dtype), num_warps=4, num_stages=2,
