@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 ON_GPU = torch.cuda.is_available()
 
-from linearize_kernels import attention, attention_quadratic, can_run  # noqa: E402
+from linearize_kernels import attention, attention_chunked, attention_quadratic, can_run  # noqa: E402
 from linearize_kernels.configs import CONFIGS, Config, SumTiles, Tiles  # noqa: E402
 from linearize_kernels.plan import plan_rows  # noqa: E402
 from linearize_kernels.sums import key_sums  # noqa: E402
@@ -284,6 +284,46 @@ def test_dispatch_forces_and_refuses(monkeypatch):
     monkeypatch.setenv("LINEARIZE_KERNELS", "triton")
     with pytest.raises(RuntimeError, match="gradients through a state"):
         attention(**{**inputs, "q": inputs["q"].clone().requires_grad_()}, **options, return_state=True)
+
+
+@pytest.mark.parametrize("wanted", ["nothing", "no_grad", "gradients"])
+def test_decay_is_bounded_where_gradients_are_wanted(wanted, monkeypatch):
+    """Those alone take far pairs one by one; without them a decay goes through sums, at any length."""
+    monkeypatch.setitem(CONFIGS, (torch.float32, 128), SMALL)
+    monkeypatch.setattr("linearize_kernels.training.MAX_QUADRATIC", 60)
+    lengths = []
+
+    def watched(*args, **kw):
+        lengths.append(args[0].shape[2])
+        return key_sums(*args, **kw)
+
+    monkeypatch.setattr("linearize_kernels.training.key_sums", watched)
+    inputs, options, _ = make(length=75, decay=True)
+    expected = attention_quadratic(**inputs, **options)[0]
+    inputs["log_decay"].requires_grad_(wanted != "nothing")
+    with torch.set_grad_enabled(wanted == "gradients"):
+        if wanted == "gradients":
+            with pytest.raises(RuntimeError, match="75 tokens: 1 to 60 with a decay and gradients"):
+                attention(**inputs, **options, implementation="triton")
+            return
+        out, _ = attention(**inputs, **options, implementation="triton")
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert lengths == [75] and not out.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decay_at_40k_tokens(dtype):
+    inputs, options, _ = make(
+        length=40000, heads=4, groups=2, head_dim=64, map_dim=16, window=64, decay=True, dtype=dtype
+    )
+    exact = {name: x.double() for name, x in inputs.items()}
+    expected = attention_chunked(**exact, **options)[0]
+    out, _ = attention(**inputs, **options, implementation="triton")
+    assert (out - expected).norm() < (1e-4 if dtype == torch.float32 else 5e-3) * expected.norm()
+    inputs["gate"].requires_grad_()
+    assert "40000 tokens" in can_run(**inputs, **options).reason
 
 
 def test_no_second_derivative():

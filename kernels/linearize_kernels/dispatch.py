@@ -91,7 +91,7 @@ def can_run(q, k, v, q_far, k_far, gate, **options) -> Verdict:
     from .self_test import self_test
 
     tensors = [q, k, v, q_far, k_far, gate, options.get("log_decay")]
-    needs_grad, prefills = _needs_grad(tensors), _prefills(**options)
+    needs_grad, prefills = wants_gradients(tensors), _prefills(**options)
     if prefills and needs_grad:
         return Verdict(False, "no gradients through a state in Triton")
     reason = (prefill if prefills else training).why_not(q, k, v, q_far, k_far, gate, **options)
@@ -121,12 +121,12 @@ def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
     from .cuda_builds import longest_alike
     from .self_test import self_test
 
-    needs_grad, prefills = _needs_grad([q, k, v, q_far, k_far, gate, options.get("log_decay")]), _prefills(**options)
+    tensors = q, k, v, q_far, k_far, gate
+    needs_grad, prefills = wants_gradients([*tensors, options.get("log_decay")]), _prefills(**options)
     if needs_grad and prefills:
         return Verdict(False, "no gradients through a state in CUDA")
     if not prefills and (needs_grad or options.get("segments") is not None):
-        return can_forward_cuda(q, k, v, q_far, k_far, gate, **options, backward=needs_grad, chosen="cuda")
-    tensors = q, k, v, q_far, k_far, gate
+        return can_forward_cuda(*tensors, **options, backward=needs_grad, chosen="cuda")
     reason = cuda_prefill.why_not_text(*tensors, **options) or cuda_prefill.why_not_device(*tensors, **options)
     if reason:
         return Verdict(False, reason)
@@ -278,7 +278,8 @@ def _compared(error: float, allowed: float, device) -> Verdict:
     return Verdict(False, f"the self-test on {name} is off by {error:.1e}, relative; {allowed:.1e} is allowed")
 
 
-def _needs_grad(tensors) -> bool:
+def wants_gradients(tensors) -> bool:
+    """Whether a call with these tensors, some perhaps None, is to be differentiated."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
@@ -305,7 +306,7 @@ def _cuda(*tensors, scaling, window, sinks, return_state, segments, **_):
     from .training import attention_training
 
     with torch.cuda.device_of(tensors[0]):
-        if _needs_grad(tensors) or segments is not None:
+        if wants_gradients(tensors) or segments is not None:
             options = dict(scaling=scaling, window=window, sinks=sinks, segments=segments)
             return attention_training(*tensors, **options, forward="cuda"), None
         return attention_prefill_cuda(
