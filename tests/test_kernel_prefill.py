@@ -87,6 +87,8 @@ CASES = {
     "plain": {},
     "one token": {"length": 1},
     "within the window": {"length": 9, "cuts": (4,)},
+    **{f"{t} tokens, window 12, {n} sinks, {'cut' if cuts else 'whole'}": {"length": t, "sinks": n, "cuts": cuts}
+       for n, lengths in ((0, (11, 12, 13)), (3, (13, 15, 16))) for t in lengths for cuts in ((), (t - 1,))},
     "gate above all, nothing far": {"length": 9, "cuts": (4,), "far_gate": 300.0},
     "no sinks": {"sinks": 0, "window": 1},
     "groups": {"heads": 4, "groups": 2},
@@ -95,7 +97,7 @@ CASES = {
     "right padding, cut": {"batch": 2, "pad": "right", "cuts": (32,)},
     "more ring": {"extra": 7, "cuts": (50,)},
     "pieces": {"cuts": (1, 2, 40, 41), "length": 80},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -107,13 +109,15 @@ def test_prefill_is_the_reference(name, dtype):
 GPU_CASES = {
     **{f"length {t}": {"length": t} for t in (63, 64, 65, 127, 256, 257, 1000, 4096)},
     **{f"window {w}": {"window": w} for w in (16, 128, 256)},
+    **{f"{w} + {more} tokens, window {w}, {n} sinks": {"window": w, "length": w + more, "sinks": n}
+       for w in (16, 64, 128, 256) for n in (0, 4) for more in (n - 1, n, n + 1)},  # n + 1: one pair is far
     **{f"head dim {x}": {"head_dim": x} for x in (80, 96, 128)},
     **{f"map dim {x}": {"map_dim": x} for x in (8, 24, 32)},
     **{f"{h} heads, {g} groups": {"heads": h, "groups": g} for h, g in ((3, 3), (9, 3), (16, 2))},
     "cut, decay": {"cuts": (1, 300, 700), "decay": True},
     "left padding, cut": {"pad": "left", "batch": 3, "cuts": (256, 512)},
     "scores to 60": {"large": 4.0},
-}
+}  # fmt: skip
 
 
 @pytest.mark.gpu

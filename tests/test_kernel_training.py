@@ -92,9 +92,8 @@ CASES = {
     "plain": {},
     "one token": {"length": 1},
     "within the window": {"length": 9},
-    "window - 1": {"length": 11},
-    "window": {"length": 12},
-    "window + 1": {"length": 13},
+    **{f"{t} tokens, window 12, {n} sinks": {"length": t, "sinks": n}
+       for n, lengths in ((0, (11, 12, 13)), (3, (13, 15, 16))) for t in lengths},  # 13 and 16: one pair is far
     "no sinks": {"sinks": 0},
     "window 1": {"window": 1, "sinks": 1, "length": 40},
     "groups": {"heads": 4, "groups": 2},
@@ -109,7 +108,7 @@ CASES = {
     "gate high": {"far_gate": 40.0},
     "gate above all, nothing far": {"far_gate": 300.0, "length": 11},
     "gate above all, short pieces": {"far_gate": 300.0, "cuts": (9, 20, 31, 40, 52)},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -222,7 +221,8 @@ def test_long_rows_take_far_tokens_through_sums(monkeypatch):
 GPU_CASES = {
     **{f"length {t}": {"length": t, "window": 64} for t in (1, 63, 64, 65, 127, 1000, 4096)},
     **{f"window {w}": {"window": w, "length": 700} for w in (16, 128, 256)},
-    **{f"around a window of {w}": {"window": w, "length": w + 1, "batch": 2} for w in (64, 128)},
+    **{f"{w} + {more} tokens, window {w}, {n} sinks": {"window": w, "length": w + more, "sinks": n, "batch": 2}
+       for w in (16, 64, 128, 256) for n in (0, 4) for more in (n - 1, n, n + 1)},  # n + 1: one pair is far
     **{f"head dim {x}": {"head_dim": x} for x in (80, 96, 128)},
     **{f"map dim {x}": {"map_dim": x} for x in (8, 24, 32)},
     **{f"{h} heads, {g} groups": {"heads": h, "groups": g} for h, g in ((3, 3), (9, 3), (8, 2), (16, 2))},
@@ -236,7 +236,7 @@ GPU_CASES = {
     "scores to 60": {"large": 4.0},
     "window 214, map dim 4": {"window": 214, "map_dim": 4, "length": 1000, "heads": 9, "groups": 3},
     "window 214, map dim 4, pieces": {"window": 214, "map_dim": 4, "length": 1000, "cuts": (100, 300, 310, 650)},
-}
+}  # fmt: skip
 
 
 @pytest.mark.gpu
