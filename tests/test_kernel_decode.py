@@ -74,6 +74,18 @@ def test_refusals():
         )
 
 
+def test_asked_for_the_reference_it_runs_no_kernel(monkeypatch):
+    inputs, options, valid = make(tokens=1)
+    state = prefilled(inputs, options, valid, 10)
+    token = dict(**part(inputs, 10, 11), state=state, scaling=1.0)
+    with pytest.raises(RuntimeError, match="as the reference: that is attention with a State"):
+        decode(**token, implementation="reference")
+    monkeypatch.setenv("LINEARIZE_KERNELS", "reference")
+    assert can_decode(state, heads=2) == (False, "reference is asked for")
+    with pytest.raises(RuntimeError, match="that is attention with a State"):
+        decode(**token)
+
+
 def test_splits_fill_the_gpu():
     assert choose_splits(8, 128) == 8 and choose_splits(3, 64) == 4 and choose_splits(1024, 128) == 1
 
