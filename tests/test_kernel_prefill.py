@@ -55,7 +55,7 @@ def make(length=90, batch=1, heads=2, groups=1, head_dim=16, map_dim=4, window=1
     return inputs, dict(scaling=head_dim**-0.5, window=window, sinks=sinks, log_decay=log_decay), valid, start
 
 
-def check(cuts=(), **case):
+def check(cuts=(), config=None, **case):
     """The text in pieces, each continuing from the state before, against the reference on the whole."""
     inputs, options, valid, state = make(**case)
     length, dtype = valid.shape[1], inputs["q"].dtype
@@ -70,7 +70,7 @@ def check(cuts=(), **case):
     try:
         for a, b in itertools.pairwise(edges):
             piece = {n: x[:, :, a:b] for n, x in inputs.items()}
-            out, state = attention_prefill(**piece, valid=valid[:, a:b], **options, state=state)
+            out, state = attention_prefill(**piece, valid=valid[:, a:b], **options, state=state, config=config)
             outputs.append(out)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -92,6 +92,7 @@ CASES = {
     "gate above all, nothing far": {"length": 9, "cuts": (4,), "far_gate": 300.0},
     "no sinks": {"sinks": 0, "window": 1},
     "groups": {"heads": 4, "groups": 2},
+    "scores to 240": {"large": 8.0, "cuts": (50,)},
     "decay": {"decay": True, "cuts": (40,)},
     "left padding": {"batch": 2, "pad": "left"},
     "right padding, cut": {"batch": 2, "pad": "right", "cuts": (32,)},
@@ -127,6 +128,16 @@ GPU_CASES = {
 def test_table(name, dtype):
     check(**{"length": 900, "heads": 4, "groups": 2, "head_dim": 64, "map_dim": 16, "window": 64, "sinks": 4,
              "dtype": dtype, **GPU_CASES[name]})  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("entry", CONFIGS, ids=str)
+def test_every_config(entry, head_dim):
+    shape = {"length": 700, "heads": 4, "groups": 2, "map_dim": 16, "window": 64, "sinks": 4, "dtype": entry[0]}
+    for extra in ({}, {"map_dim": 4, "window": 214}, {"pad": "left", "cuts": (300,)}, {"decay": True, "cuts": (300,)}):
+        check(**{**shape, "head_dim": head_dim, **extra}, config=CONFIGS[entry])
 
 
 def test_dispatch_takes_and_gives_a_state():
