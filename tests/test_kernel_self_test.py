@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_cuda_backward import forward
 from test_cuda_prefill import make
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from linearize_kernels import (  # noqa: E402
@@ -98,6 +99,51 @@ def test_prefill_with_one_wrong_result_fails(name, monkeypatch):
 
     monkeypatch.setattr(prefill, "attention_prefill", wrong)
     assert not passes(prefill=True)
+
+
+def test_prefill_wrong_only_after_a_past_fails(monkeypatch):
+    right = prefill.attention_prefill
+
+    def wrong(*, state=None, **given):
+        out, after = right(**given, state=state)
+        return out if state is None else out * 1.01, after
+
+    assert passes(prefill=True, masked=True, decay=True)
+    monkeypatch.setattr(prefill, "attention_prefill", wrong)
+    assert passes(prefill=True) and not passes(prefill=True, masked=True)
+
+
+@pytest.mark.parametrize("what", ["nothing", "valid", "segments", "state"])
+def test_every_sort_of_call_has_a_self_test_of_its_own(what, monkeypatch):
+    """And where it fails the call is refused: on a GPU that is none, without a kernel."""
+    asked = []
+
+    def fails(device, dtype, **sort):
+        asked.append(sort)
+        return 1.0, 1e-2
+
+    monkeypatch.setattr(self_test, "self_test", fails)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    with FakeTensorMode():
+        inputs, options = make(length=80, heads=4, groups=2)
+        inputs = {name: torch.empty(x.shape, dtype=x.dtype, device="cuda") for name, x in inputs.items()}
+        given = {"nothing": {}, "state": {"state": object()}}.get(what, {what: inputs["gate"][:, 0] > 0})
+        verdict = dispatch.can_run(**inputs, **options, **given)
+        assert verdict == (False, "the self-test on a GPU is off by 1.0e+00, relative; 1.0e-02 is allowed")
+    assert asked[0]["masked"] == (what != "nothing") and asked[0]["prefill"] == (what == "state")
+
+
+def test_losses_whose_self_test_fails_go_to_the_reference(monkeypatch):
+    monkeypatch.setattr(self_test, "self_test_losses", lambda *_, **__: (1.0, 1e-2))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(logit_loss_kernels.LogitLosses, "apply", None)
+    with FakeTensorMode():
+        logits, labels = torch.empty(3, 77, device="cuda"), torch.empty(3, dtype=torch.long, device="cuda")
+        assert logit_losses(logits, labels, logits)[0].shape == ()
+        with pytest.raises(RuntimeError, match="asked to run in triton, and cannot: the self-test on a GPU is off by"):
+            logit_losses(logits, labels, logits, implementation="triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

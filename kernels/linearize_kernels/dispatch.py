@@ -106,7 +106,7 @@ def can_run(q, k, v, q_far, k_far, gate, **options) -> Verdict:
         q.device, q.dtype, prefill=prefills, heads=q.shape[1], groups=k.shape[1], far_heads=k_far.shape[1],
         head_dim=q.shape[-1], value_dim=v.shape[-1], map_dim=q_far.shape[-1],
         decay=options.get("log_decay") is not None, backward=needs_grad,
-        masked=options.get("valid") is not None or options.get("segments") is not None,
+        masked=any(options.get(name) is not None for name in ("valid", "segments", "state")),
     )  # fmt: skip
     return _compared(error, allowed, q.device)
 

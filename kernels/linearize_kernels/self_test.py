@@ -18,7 +18,8 @@ def self_test(device, dtype, *, prefill: bool, heads: int, groups: int, far_head
               sinks=4):  # fmt: skip
     """Largest relative RMS error of output, gradients (training) and sum (prefill): (error, allowed error).
 
-    Random inputs of 536 tokens more than the window. NaN counts as infinite. cuda: "prefill", or the part of training,
+    Random inputs of 536 tokens more than the window. NaN counts as infinite. masked: with padding and segments, or of
+    a prefill with padding and a past. cuda: "prefill", or the part of training,
     "forward" or "backward", that is to run in CUDA; the rest runs in Triton. window, sinks: what CUDA kernels are
     compiled for.
     """
@@ -148,10 +149,25 @@ def _prefill_results(inputs, options, cuda):
 
             got = [attention_prefill_cuda(**inputs, **options, segments=n) for n in (1, 3)]  # in one piece, and cut
         else:
-            from .prefill import attention_prefill
-
-            got = [attention_prefill(**inputs, **options)]
+            got = [_prefilled_in_pieces(inputs, **options) if "valid" in options else _prefilled(**inputs, **options)]
     return [[x for out, state in each for x in (out, state.total)] for each in ([expected] * len(got), got)]
+
+
+def _prefilled(**arguments):
+    from .prefill import attention_prefill
+
+    return attention_prefill(**arguments)
+
+
+def _prefilled_in_pieces(inputs, *, valid, **options):
+    """What follows a past, which takes the same programs as padding."""
+    inputs, state, outputs, length = dict(inputs), None, [], valid.shape[1]
+    log_decay = inputs.pop("log_decay", None)
+    for start, end in ((0, length - 250), (length - 250, length)):
+        piece = {name: x[:, :, start:end] for name, x in inputs.items()}
+        out, state = _prefilled(**piece, **options, log_decay=log_decay, valid=valid[:, start:end], state=state)
+        outputs.append(out)
+    return torch.cat(outputs, 2), state
 
 
 def _training_results(inputs, options, grad, backward, cuda):
