@@ -125,8 +125,8 @@ def test_every_sort_of_call_has_a_self_test_of_its_own(what, monkeypatch):
     monkeypatch.setattr(self_test, "self_test", fails)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    inputs, options = make(length=80, heads=4, groups=2)
     with FakeTensorMode():
-        inputs, options = make(length=80, heads=4, groups=2)
         inputs = {name: torch.empty(x.shape, dtype=x.dtype, device="cuda") for name, x in inputs.items()}
         given = {"nothing": {}, "state": {"state": object()}}.get(what, {what: inputs["gate"][:, 0] > 0})
         verdict = dispatch.can_run(**inputs, **options, **given)
