@@ -5,7 +5,8 @@ import platform
 
 import torch
 
-from linearize_kernels import dispatch
+from linearize_kernels.dispatch import requested
+from linearize_kernels.report import report
 
 from .loading import pick_device
 from .recipe import MAP_DIMS, AttentionSettings
@@ -18,11 +19,11 @@ def diagnose(device: str = "auto") -> str:
     target = pick_device(device)
     name = torch.cuda.get_device_name(target) if target.type == "cuda" else f"{torch.get_num_threads()} threads"
     lines = [f"python {platform.python_version()}, " + ", ".join(f"{p} {_version(p)}" for p in _PACKAGES)]
-    lines.append(f"device {target} ({name}); LINEARIZE_KERNELS asks for {dispatch.requested()}")
+    lines.append(f"device {target} ({name}); LINEARIZE_KERNELS asks for {requested()}")
     default = AttentionSettings()
     window, map_dim = default.window, MAP_DIMS[default.feature_map.name]
     lines.append(f"at the window and map dimension that recipes have by default, {window} and {map_dim}:")
-    rows = dispatch.report(target, window=window, map_dim=map_dim)
+    rows = report(target, window=window, map_dim=map_dim)
     lines += [f"{operation}: {chosen} ({why})" for operation, chosen, why in rows]
     return "\n".join(lines)
 

@@ -1,5 +1,7 @@
 """The benchmark of the training stages: tiny runs on a CPU, through the real training loop."""
 
+import csv
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -45,7 +47,7 @@ def test_shapes_are_those_of_the_models(name):
 
 
 def test_a_line_for_what_did_not_fit():
-    assert bench_training._line(Speed("match", "1b", 64, 2048, 1, False)).endswith("out of memory")
+    assert bench_training._line(Speed("match", "1b", 64, 2048, 1, 64, 16, False)).endswith("out of memory")
 
 
 def test_a_profile_shows_operators_of_two_more_steps(capsys):
@@ -61,26 +63,53 @@ def test_a_profile_shows_operators_of_two_more_steps(capsys):
 
 
 def test_the_command_measures_every_combination(monkeypatch, capsys, tmp_path):
-    def measured(stage, name, config, *, batch, length, compile, **options):
-        assert options == dict(steps=10, documents=1, profile=False) and config.head_dim == 64
+    def measured(stage, name, config, *, batch, length, documents, window, map_dim, compile, **options):
+        assert options == dict(steps=10, profile=False) and config.head_dim == 64
+        assert (documents, window, map_dim) == (4, 214, 4)
         if batch == 8:
             raise torch.OutOfMemoryError
-        return Speed(stage, name, batch, length, 1, compile, 1000.0, 2.0, 3.0, 0.5, 0.25)
+        return Speed(stage, name, batch, length, documents, window, map_dim, compile, 1000.0, 2.0, 3.0, 0.5, 0.25)
 
     monkeypatch.setattr(bench_training, "measure_training", measured)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    rows = bench_training.main(["--shapes", "135m", "--batches", "4,8", "--csv", str(tmp_path / "rows.csv")])
+    recipe = ["--window", "214", "--map-dim", "4", "--documents", "4"]
+    rows = bench_training.main(["--shapes", "135m", "--batches", "4,8", *recipe, "--csv", str(tmp_path / "rows.csv")])
     assert [(row.stage, row.batch, row.compiled) for row in rows] == [
         (stage, batch, compiled) for stage in bench_training.STAGES for batch in (4, 8) for compiled in (False, True)
     ]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 8 and len(lines[2]) == len(lines[1]) and "1,000" in lines[2]
     assert lines[4].endswith("out of memory")
-    assert (tmp_path / "rows.csv").read_text().count("\n") == 9
+    assert lines[0].endswith("window 214, map dim 4, documents a sequence 4")
+    with open(tmp_path / "rows.csv", newline="") as file:
+        written = list(csv.DictReader(file))
+    assert len(written) == 8 and {(row["window"], row["map_dim"], row["documents"]) for row in written} == {
+        ("214", "4", "4")
+    }
 
 
-def test_unknown_shapes_are_refused(capsys):
+def test_window_and_map_dim_reach_the_layers(monkeypatch):
+    models, convert = [], bench_training.linearize_
+
+    def watched(*arguments):
+        models.append(convert(*arguments))
+        return models[-1]
+
+    monkeypatch.setattr(bench_training, "linearize_", watched)
+    options = dict(batch=1, length=32, steps=2, skip=1, window=7, map_dim=3, device="cpu")
+    speed = measure_training("match", "pico", LlamaConfig(**PICO), **options)
+    assert (speed.window, speed.map_dim) == (7, 3)
+    layers = [layer.self_attn.linear_attn for layer in models[0].model.layers]
+    assert [(layer.window, layer.q_map.shape[-1]) for layer in layers] == [(7, 3)] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--shapes", "7b"], "7b: none of 135m, 1b"), (["--window", "0"], "'0' is not a number of at least 1"),
+     (["--batches", "4,x"], "'x' is not a number of at least 1")],
+)  # fmt: skip
+def test_unknown_choices_are_refused(arguments, said, capsys):
     with pytest.raises(SystemExit):
-        bench_training.main(["--shapes", "7b"])
-    assert "7b: none of 135m, 1b" in capsys.readouterr().err
+        bench_training.main(arguments)
+    assert said in capsys.readouterr().err

@@ -380,5 +380,10 @@ def test_doctor_names_versions_and_why_no_kernel_runs_on_a_cpu(capsys):
     assert cli.main(["doctor", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert f"torch {importlib.metadata.version('torch')}" in printed
-    operations = [line for line in printed.splitlines() if ": reference (" in line]
-    assert len(operations) == 4 and any(line.startswith("training attention") for line in operations)
+    operations = [line.split(": ")[:2] for line in printed.splitlines()[3:]]
+    assert {name.split(",")[0] for name, _ in operations} == {
+        "training attention", "training backward", "prefill", "decode", "maps of a decode step", "losses of logits"
+    }  # fmt: skip
+    taken = {name: rest.split(" (")[0] for name, rest in operations}
+    assert taken["training attention, bfloat16"] == taken["prefill, float32"] == "reference"
+    assert taken["losses of logits, bfloat16"] == "reference"

@@ -17,7 +17,7 @@ from linearize_kernels.plan import plan_rows
 
 CASES = {
     **{f"length {t}": {"length": t} for t in (1, 63, 64, 65, 127, 200)},
-    **{f"length {t}, no sinks": {"length": t, "sinks": 0} for t in (1, 64, 200)},
+    **{f"length {t}, no sinks": {"length": t, "sinks": 0} for t in (1, 63, 64, 65, 200)},
     "four chunks": {"length": 330},
     "groups": {"length": 200, "heads": 4},
     "8 heads, 2 groups": {"length": 130, "heads": 8, "groups": 2, "batch": 2},

@@ -41,6 +41,9 @@ def cases():
     for window, lengths in ((64, (1, 63, 64, 65, 129)), (20, (19, 20, 21)), (130, (129, 130, 131, 256, 257))):
         for length in lengths:
             yield f"window {window}, length {length}", dict(length=length, change=small(window))
+    for window in (16, 64, 128, 214):
+        for length in (window - 1, window, window + 1):
+            yield f"window {window}, length {length}, no sinks", dict(length=length, sinks=0, change=small(window))
     for map_dim in (1, 2, 3):
         yield f"map dim {map_dim}", dict(length=150, change=small(30, map_dim))
     for sinks in (0, 1, 9):

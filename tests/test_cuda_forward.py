@@ -20,7 +20,7 @@ from linearize_kernels.plan import plan_rows
 CASES = {
     **{f"length {t}": {"length": t} for t in (1, 63, 64, 65, 200)},
     "8 heads, 2 groups": {"length": 130, "heads": 8, "groups": 2, "batch": 2},
-    "no sinks": {"length": 200, "sinks": 0},
+    **{f"length {t}, no sinks": {"length": t, "sinks": 0} for t in (63, 64, 65, 200)},
     "16 sinks": {"length": 150, "sinks": 16},
     "logits to 60": {"length": 200, "large": 4.0},
     "large gates": {"length": 200, "gate": 200.0},

@@ -15,7 +15,8 @@ from linearize_kernels.dispatch import can_run_cuda
 CASES = {
     **{f"length {t}": {"length": t} for t in (1, 5, 63, 64, 65, 127, 128, 200)},
     "groups": {"length": 130, "heads": 4, "groups": 2},
-    "no sinks": {"length": 192, "sinks": 0},
+    **{f"length {t}, no sinks": {"length": t, "sinks": 0} for t in (63, 64, 65, 192)},
+    **{f"length {t}": {"length": t} for t in (68, 69)},  # 69: one pair is far
     "16 sinks": {"length": 150, "sinks": 16},
     "logits to 60": {"length": 150, "large": 4.0},
     "large gates": {"length": 200, "gate": 200.0},

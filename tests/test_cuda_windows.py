@@ -27,6 +27,10 @@ CASES = {
     "dim 1": {"length": 450, "window": 214, "map_dim": 1},
     **{f"window {w}, length {t}": {"length": t, "window": w, "map_dim": 4}
        for w in (2, 16, 63, 64, 65) for t in (w, w + 1, 200)},
+    **{f"window {w}, length {t}, no sinks": {"length": t, "window": w, "map_dim": 4, "sinks": 0}
+       for w in (2, 16, 63, 64, 65, 128, 214) for t in (w - 1, w, w + 1)},
+    **{f"window {w}, length {t}": {"length": t, "window": w, "map_dim": 4}
+       for w in (16, 64, 128) for t in (w + 4, w + 5)},  # w + 5: one pair is far
     "dim 8": {"length": 330, "window": 128, "map_dim": 8},
     "dim 6, heads of two groups": {"length": 200, "window": 128, "map_dim": 6, "heads": 4, "groups": 2},
     "dim 16": {"length": 450, "window": 214, "map_dim": 16},
@@ -35,6 +39,7 @@ CASES = {
 }  # fmt: skip
 TRAINED = {
     **{f"length {t}": {"length": t, **RECIPE} for t in (1, 214, 450)},
+    **{f"length {t}, no sinks": {"length": t, "sinks": 0, **RECIPE} for t in (213, 214, 215)},
     "8 heads, 2 groups": {"length": 300, "heads": 8, "groups": 2, **RECIPE},
     "no far term": {"length": 450, "gate": -torch.inf, **RECIPE},
     "large gates": {"length": 450, "gate": 200.0, **RECIPE},

@@ -162,6 +162,16 @@ def test_every_peer_has_a_candidate_and_ours_comes_first():
             assert len(candidates(operation, s, [name])) > ours, name
 
 
+def test_ours_at_the_recipes_window_are_timed_in_cuda_too():
+    """The CUDA backward of small maps knows head dim 64 alone."""
+    for name, backward in (("based", True), ("135m", True), ("8b", False)):
+        s = SHAPES[name]._replace(T=2048, B=32, window=214, d=4)
+        labels = [c.label for c in candidates("forward + backward", s, [])]
+        expected = ["linearize training", "linearize training, CUDA forward", "linearize training, CUDA"]
+        assert labels == expected[: 2 + backward]
+        assert len(candidates("prefill", s, [])) == 2
+
+
 def test_ratios_count_right_rows_of_the_same_group_only():
     derived = derive(make_rows(), CEILINGS)
     ours = derived[0]
@@ -176,7 +186,7 @@ def test_ratios_count_right_rows_of_the_same_group_only():
 
 def test_the_table_says_what_does_not_count():
     lines = table(make_rows(), CEILINGS).splitlines()
-    assert lines[0] == "-- prefill, based, 16 x 4096: byte roofline 4.0000 ms"
+    assert lines[0] == "-- prefill, based (32 heads on 32, D 64), 16 x 4096: byte roofline 4.0000 ms"
     assert lines[1].split()[-3:] == ["50.0", "2.00", "3.00"]
     assert "(1.0000)" in lines[5] and lines[5].endswith("WRONG")
     assert lines[6].split() == ["fla", "late", "timed", "out", "after", "40", "s"]
@@ -240,7 +250,9 @@ def test_calls_hold_the_same_number_of_tokens():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--only", "all"], ["--peers", "flash"], ["--lengths", "a"], ["--batches", "0"], ["--shapes", "7b"]]
+    "arguments",
+    [["--only", "all"], ["--peers", "flash"], ["--lengths", "a"], ["--batches", "0"], ["--shapes", "7b"],
+     ["--lengths", "k"], ["--window", "0"], ["--map-dim", "-4"], ["--tokens", "0"]],
 )
 def test_unknown_choices_are_refused_with_what_is_allowed(arguments, capsys):
     with pytest.raises(SystemExit):

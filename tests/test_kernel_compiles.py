@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import linearize_kernels  # noqa: E402
 from linearize_kernels import State  # noqa: E402
-from linearize_kernels.configs import config_for  # noqa: E402
+from linearize_kernels.configs import CONFIGS, SumTiles, Tiles, config_for  # noqa: E402
 from linearize_kernels.decode import DecodeState, feature_pairs, launch_decode  # noqa: E402
 from linearize_kernels.logit_loss_kernels import LogitLosses  # noqa: E402
 from linearize_kernels.map_heads import map_heads  # noqa: E402
@@ -69,6 +69,8 @@ PREFILL = {
     "after a past": dict(past=True),
     "after a past, decay": dict(past=True, decay=True),
     "map dim 4, window 192": dict(map_dim=4, window=192),
+    "head dim 128": dict(head_dim=128),
+    "head dim 128, after a past": dict(head_dim=128, past=True),
     "float32 map and gate": dict(past=True, far_dtype=torch.float32),
 }
 DECODE = {
@@ -233,10 +235,31 @@ def check_coverage(launches: list[dict], kernels: set[str], dtype):
             assert {each[name] for each in constants} == wanted, f"{name} of {kernel}"
 
 
+def check_configs(calls: dict[str, list[str]], dtype):
+    """Training and prefill are launched with the tiles of every entry of CONFIGS."""
+    for name in ("train", "prefill"):
+        made = [json.loads(launch) for launch, callers in calls.items() if any(c.startswith(name) for c in callers)]
+        for config in (config for (other, _), config in CONFIGS.items() if other == dtype):
+            wanted = {"forward": config.forward}
+            if name == "train":
+                wanted |= {"query_gradient": config.query_gradient, "key_gradient": config.key_gradient}
+            for kernel, tiles in wanted.items():
+                sizes = [each["constants"] for each in made if each["kernel"] == f"{kernel}_kernel"]
+                assert tiles in [tiles_of(constants) for constants in sizes], f"{kernel} of {name}: {tiles}"
+            sums = [each["constants"] for each in made if each["kernel"] == "feature_sums_kernel"]
+            tiles = [SumTiles(*(c[n] for n in ("FB", "BN", "num_warps", "num_stages"))) for c in sums]
+            assert config.sums in tiles, f"sums of {name}: {config.sums}"
+
+
+def tiles_of(constants: dict) -> Tiles:
+    return Tiles(*(constants[n] for n in ("BM", "BN", "FB", "num_warps", "num_stages")), constants.get("maxnreg"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_launch_lowers(dtype, monkeypatch, tmp_path):
     calls, kernels = record(monkeypatch, dtype, CALLS)
     check_coverage([json.loads(launch) for launch in calls], kernels, dtype)
+    check_configs(calls, dtype)
     faulty = []
     x = torch.zeros(16, dtype=dtype)
     Recorder("lower_kernels", "faulty_kernel", faulty).record(x, x, 2)

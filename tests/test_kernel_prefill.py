@@ -55,7 +55,7 @@ def make(length=90, batch=1, heads=2, groups=1, head_dim=16, map_dim=4, window=1
     return inputs, dict(scaling=head_dim**-0.5, window=window, sinks=sinks, log_decay=log_decay), valid, start
 
 
-def check(cuts=(), **case):
+def check(cuts=(), config=None, **case):
     """The text in pieces, each continuing from the state before, against the reference on the whole."""
     inputs, options, valid, state = make(**case)
     length, dtype = valid.shape[1], inputs["q"].dtype
@@ -70,7 +70,7 @@ def check(cuts=(), **case):
     try:
         for a, b in itertools.pairwise(edges):
             piece = {n: x[:, :, a:b] for n, x in inputs.items()}
-            out, state = attention_prefill(**piece, valid=valid[:, a:b], **options, state=state)
+            out, state = attention_prefill(**piece, valid=valid[:, a:b], **options, state=state, config=config)
             outputs.append(out)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -87,15 +87,18 @@ CASES = {
     "plain": {},
     "one token": {"length": 1},
     "within the window": {"length": 9, "cuts": (4,)},
+    **{f"{t} tokens, window 12, {n} sinks, {'cut' if cuts else 'whole'}": {"length": t, "sinks": n, "cuts": cuts}
+       for n, lengths in ((0, (11, 12, 13)), (3, (13, 15, 16))) for t in lengths for cuts in ((), (t - 1,))},
     "gate above all, nothing far": {"length": 9, "cuts": (4,), "far_gate": 300.0},
     "no sinks": {"sinks": 0, "window": 1},
     "groups": {"heads": 4, "groups": 2},
+    "scores to 240": {"large": 8.0, "cuts": (50,)},
     "decay": {"decay": True, "cuts": (40,)},
     "left padding": {"batch": 2, "pad": "left"},
     "right padding, cut": {"batch": 2, "pad": "right", "cuts": (32,)},
     "more ring": {"extra": 7, "cuts": (50,)},
     "pieces": {"cuts": (1, 2, 40, 41), "length": 80},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -107,13 +110,15 @@ def test_prefill_is_the_reference(name, dtype):
 GPU_CASES = {
     **{f"length {t}": {"length": t} for t in (63, 64, 65, 127, 256, 257, 1000, 4096)},
     **{f"window {w}": {"window": w} for w in (16, 128, 256)},
+    **{f"{w} + {more} tokens, window {w}, {n} sinks": {"window": w, "length": w + more, "sinks": n}
+       for w in (16, 64, 128, 256) for n in (0, 4) for more in (n - 1, n, n + 1)},  # n + 1: one pair is far
     **{f"head dim {x}": {"head_dim": x} for x in (80, 96, 128)},
     **{f"map dim {x}": {"map_dim": x} for x in (8, 24, 32)},
     **{f"{h} heads, {g} groups": {"heads": h, "groups": g} for h, g in ((3, 3), (9, 3), (16, 2))},
     "cut, decay": {"cuts": (1, 300, 700), "decay": True},
     "left padding, cut": {"pad": "left", "batch": 3, "cuts": (256, 512)},
     "scores to 60": {"large": 4.0},
-}
+}  # fmt: skip
 
 
 @pytest.mark.gpu
@@ -123,6 +128,16 @@ GPU_CASES = {
 def test_table(name, dtype):
     check(**{"length": 900, "heads": 4, "groups": 2, "head_dim": 64, "map_dim": 16, "window": 64, "sinks": 4,
              "dtype": dtype, **GPU_CASES[name]})  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("entry", CONFIGS, ids=str)
+def test_every_config(entry, head_dim):
+    shape = {"length": 700, "heads": 4, "groups": 2, "map_dim": 16, "window": 64, "sinks": 4, "dtype": entry[0]}
+    for extra in ({}, {"map_dim": 4, "window": 214}, {"pad": "left", "cuts": (300,)}, {"decay": True, "cuts": (300,)}):
+        check(**{**shape, "head_dim": head_dim, **extra}, config=CONFIGS[entry])
 
 
 def test_dispatch_takes_and_gives_a_state():

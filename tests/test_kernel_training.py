@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 ON_GPU = torch.cuda.is_available()
 
-from linearize_kernels import attention, attention_quadratic, can_run  # noqa: E402
+from linearize_kernels import attention, attention_chunked, attention_quadratic, can_run  # noqa: E402
 from linearize_kernels.configs import CONFIGS, Config, SumTiles, Tiles  # noqa: E402
 from linearize_kernels.plan import plan_rows  # noqa: E402
 from linearize_kernels.sums import key_sums  # noqa: E402
@@ -92,9 +92,8 @@ CASES = {
     "plain": {},
     "one token": {"length": 1},
     "within the window": {"length": 9},
-    "window - 1": {"length": 11},
-    "window": {"length": 12},
-    "window + 1": {"length": 13},
+    **{f"{t} tokens, window 12, {n} sinks": {"length": t, "sinks": n}
+       for n, lengths in ((0, (11, 12, 13)), (3, (13, 15, 16))) for t in lengths},  # 13 and 16: one pair is far
     "no sinks": {"sinks": 0},
     "window 1": {"window": 1, "sinks": 1, "length": 40},
     "groups": {"heads": 4, "groups": 2},
@@ -109,7 +108,7 @@ CASES = {
     "gate high": {"far_gate": 40.0},
     "gate above all, nothing far": {"far_gate": 300.0, "length": 11},
     "gate above all, short pieces": {"far_gate": 300.0, "cuts": (9, 20, 31, 40, 52)},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -222,7 +221,8 @@ def test_long_rows_take_far_tokens_through_sums(monkeypatch):
 GPU_CASES = {
     **{f"length {t}": {"length": t, "window": 64} for t in (1, 63, 64, 65, 127, 1000, 4096)},
     **{f"window {w}": {"window": w, "length": 700} for w in (16, 128, 256)},
-    **{f"around a window of {w}": {"window": w, "length": w + 1, "batch": 2} for w in (64, 128)},
+    **{f"{w} + {more} tokens, window {w}, {n} sinks": {"window": w, "length": w + more, "sinks": n, "batch": 2}
+       for w in (16, 64, 128, 256) for n in (0, 4) for more in (n - 1, n, n + 1)},  # n + 1: one pair is far
     **{f"head dim {x}": {"head_dim": x} for x in (80, 96, 128)},
     **{f"map dim {x}": {"map_dim": x} for x in (8, 24, 32)},
     **{f"{h} heads, {g} groups": {"heads": h, "groups": g} for h, g in ((3, 3), (9, 3), (8, 2), (16, 2))},
@@ -236,7 +236,7 @@ GPU_CASES = {
     "scores to 60": {"large": 4.0},
     "window 214, map dim 4": {"window": 214, "map_dim": 4, "length": 1000, "heads": 9, "groups": 3},
     "window 214, map dim 4, pieces": {"window": 214, "map_dim": 4, "length": 1000, "cuts": (100, 300, 310, 650)},
-}
+}  # fmt: skip
 
 
 @pytest.mark.gpu
@@ -284,6 +284,47 @@ def test_dispatch_forces_and_refuses(monkeypatch):
     monkeypatch.setenv("LINEARIZE_KERNELS", "triton")
     with pytest.raises(RuntimeError, match="gradients through a state"):
         attention(**{**inputs, "q": inputs["q"].clone().requires_grad_()}, **options, return_state=True)
+
+
+@pytest.mark.skipif(ON_GPU, reason="these tiles are for the interpreter")
+@pytest.mark.parametrize("wanted", ["nothing", "no_grad", "gradients"])
+def test_decay_is_bounded_where_gradients_are_wanted(wanted, monkeypatch):
+    """Those alone take far pairs one by one; without them a decay goes through sums, at any length."""
+    monkeypatch.setitem(CONFIGS, (torch.float32, 128), SMALL)
+    monkeypatch.setattr("linearize_kernels.training.MAX_QUADRATIC", 60)
+    lengths = []
+
+    def watched(*args, **kw):
+        lengths.append(args[0].shape[2])
+        return key_sums(*args, **kw)
+
+    monkeypatch.setattr("linearize_kernels.training.key_sums", watched)
+    inputs, options, _ = make(length=75, decay=True)
+    expected = attention_quadratic(**inputs, **options)[0]
+    inputs["log_decay"].requires_grad_(wanted != "nothing")
+    with torch.set_grad_enabled(wanted == "gradients"):
+        if wanted == "gradients":
+            with pytest.raises(RuntimeError, match="75 tokens: 1 to 60 with a decay and gradients"):
+                attention(**inputs, **options, implementation="triton")
+            return
+        out, _ = attention(**inputs, **options, implementation="triton")
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert lengths == [75] and not out.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decay_at_40k_tokens(dtype):
+    inputs, options, _ = make(
+        length=40000, heads=4, groups=2, head_dim=64, map_dim=16, window=64, decay=True, dtype=dtype
+    )
+    exact = {name: x.double() for name, x in inputs.items()}
+    expected = attention_chunked(**exact, **options)[0]
+    out, _ = attention(**inputs, **options, implementation="triton")
+    assert (out - expected).norm() < (1e-4 if dtype == torch.float32 else 5e-3) * expected.norm()
+    inputs["gate"].requires_grad_()
+    assert "40000 tokens" in can_run(**inputs, **options).reason
 
 
 def test_no_second_derivative():

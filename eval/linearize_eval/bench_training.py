@@ -1,7 +1,7 @@
 """Speed and memory of matching and finetuning on models of random weights, with and without torch.compile.
 
     python -m linearize_eval.bench_training [--stages match,finetune] [--shapes 135m,1b] [--batches 4,16,64]
-        [--length 2048] [--compile no,yes] [--profile] [--csv FILE]
+        [--length 2048] [--documents 1] [--window 64] [--map-dim 16] [--compile no,yes] [--profile] [--csv FILE]
 
 It runs `linearize.train.train` with a stage, as a conversion does: a whole step reads its batch, runs the bfloat16
 model forward and backward (in matching each layer's inside the teacher's forward; in finetuning LoRA of rank 32 on all
@@ -55,7 +55,6 @@ SHAPES = {  # of SmolLM2-135M and Llama-3.2-1B
 NEVER = 10**9
 STAGES = ("match", "finetune")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ATTENTION = AttentionSettings(window=64, feature_map=FeatureMapSettings(dim=16))  # which the CUDA kernels take, too
 
 
 class Speed(NamedTuple):
@@ -66,6 +65,8 @@ class Speed(NamedTuple):
     batch: int
     length: int
     documents: int  # in a sequence; above 1 rows are packed, and layers get segments
+    window: int
+    map_dim: int
     compiled: bool
     tokens_per_second: float | None = None
     first_seconds: float | None = None  # of the first step, in which kernels and layers are compiled
@@ -75,11 +76,12 @@ class Speed(NamedTuple):
 
 
 def measure_training(stage: str, name: str, config: LlamaConfig, *, batch: int, length: int, steps: int = 10,
-                     skip: int = 3, documents: int = 1, compile: bool = False, profile: bool = False,
-                     device: str = "cuda") -> Speed:  # fmt: skip
+                     skip: int = 3, documents: int = 1, window: int = 64, map_dim: int = 16, compile: bool = False,
+                     profile: bool = False, device: str = "cuda") -> Speed:  # fmt: skip
     """Trains a random bfloat16 model of this config for `steps` steps; figures are of those after `skip`.
 
-    stage: one of STAGES. profile: prints where the time of two more steps goes. Raises ValueError where no step counts.
+    stage: one of STAGES. window, map_dim: of every layer's attention. profile: prints where the time of two more steps
+    goes. Raises ValueError where no step counts.
     """
     if not 0 <= skip < steps:
         raise ValueError(f"{steps} steps, of which {skip} are not counted: none is left")
@@ -90,7 +92,8 @@ def measure_training(stage: str, name: str, config: LlamaConfig, *, batch: int, 
     tokens = batch * length
     total = steps + (PROFILED if profile else 0)
     loop = dict(tokens=total * tokens, batch_tokens=tokens, evaluate_every=NEVER, patience=0)
-    made, settings = make_stage(stage, config, loop, device=device)
+    attention = AttentionSettings(window=window, feature_map=FeatureMapSettings(dim=map_dim))
+    made, settings = make_stage(stage, config, attention, loop, device=device)
     data = _random_data(config.vocab_size, batch=batch, length=length, documents=documents)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "log.jsonl"
@@ -106,16 +109,16 @@ def measure_training(stage: str, name: str, config: LlamaConfig, *, batch: int, 
     seconds = [tokens / record["tokens_per_second"] for record in taken]
     counted = seconds[skip:]
     return Speed(
-        stage, name, batch, length, documents, compile, tokens * len(counted) / sum(counted), seconds[0],
-        peak_memory_bytes() / 2**30, taken[0]["loss"], taken[-1]["loss"],
+        stage, name, batch, length, documents, window, map_dim, compile, tokens * len(counted) / sum(counted),
+        seconds[0], peak_memory_bytes() / 2**30, taken[0]["loss"], taken[-1]["loss"],
     )  # fmt: skip
 
 
-def make_stage(stage: str, config: LlamaConfig, loop: dict, *, device: str):
+def make_stage(stage: str, config: LlamaConfig, attention: AttentionSettings, loop: dict, *, device: str):
     """(stage, its settings) over a random model, as a recipe for a GPU would have them."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    model = linearize_(model, ATTENTION)
+    model = linearize_(model, attention)
     if stage == "match":
         settings = MatchSettings(**loop)
         return MatchStage(model, settings), settings
@@ -140,7 +143,10 @@ def main(arguments=None) -> list[Speed]:
     choice = _parse(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA GPU")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: bfloat16, random weights")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}: bfloat16, random weights; window {choice.window}, "
+        f"map dim {choice.map_dim}, documents a sequence {choice.documents}"
+    )
     print(
         f"{'stage':10}{'shape':8}{'batch':>6}{'length':>8}{'compiled':>10}{'tokens/s':>11}{'first step s':>14}"
         f"{'peak GiB':>10}{'first loss':>12}{'last':>9}"
@@ -156,11 +162,16 @@ def main(arguments=None) -> list[Speed]:
 def _measure(cell, choice) -> Speed:
     stage, shape, batch, compile = cell
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=max(8192, choice.length))
-    options = dict(steps=choice.steps, documents=choice.documents, compile=compile == "yes", profile=choice.profile)
+    settings = dict(
+        batch=batch, length=choice.length, documents=choice.documents, window=choice.window, map_dim=choice.map_dim
+    )
+    compile = compile == "yes"
     try:
-        row = measure_training(stage, shape, config, batch=batch, length=choice.length, **options)
+        row = measure_training(
+            stage, shape, config, **settings, steps=choice.steps, compile=compile, profile=choice.profile
+        )
     except torch.OutOfMemoryError:
-        row = Speed(stage, shape, batch, choice.length, choice.documents, compile == "yes")
+        row = Speed(stage, shape, **settings, compiled=compile)
     print(_line(row), flush=True)
     return row
 
@@ -182,8 +193,10 @@ def _parse(arguments):
     parser.add_argument("--stages", type=_some_of(STAGES), default=list(STAGES), help=f"by commas: {', '.join(STAGES)}")
     parser.add_argument("--shapes", type=_some_of(SHAPES), default=list(SHAPES), help=f"by commas: {', '.join(SHAPES)}")
     parser.add_argument("--batches", type=_numbers, default=[4, 16, 64], help="sequences of a step, by commas")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
-    parser.add_argument("--documents", type=int, default=1, help="documents packed in a sequence")
+    parser.add_argument("--length", type=_number, default=2048, help="tokens of a sequence")
+    parser.add_argument("--documents", type=_number, default=1, help="documents packed in a sequence")
+    parser.add_argument("--window", type=_number, default=64, help="tokens that are attended to exactly")
+    parser.add_argument("--map-dim", type=_number, default=16, help="of the far term's map")
     parser.add_argument("--compile", type=_some_of(("no", "yes")), default=["no", "yes"], help="no, yes or both")
     parser.add_argument("--steps", type=int, default=10, help="steps of a run; three are not counted")
     parser.add_argument("--profile", action="store_true", help="print the kernels that take most of the GPU's time")
@@ -203,10 +216,13 @@ def _some_of(known):
 
 
 def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: not numbers of at least 1")
-    return numbers
+    return [_number(part) for part in text.split(",")]
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 if __name__ == "__main__":

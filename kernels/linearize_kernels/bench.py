@@ -200,12 +200,12 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--only", type=_names(SECTIONS), help=f"sections, by commas: {', '.join(SECTIONS)}")
     parser.add_argument("--shapes", type=_names(SHAPES), help=f"by commas: {', '.join(SHAPES)}")
     parser.add_argument("--lengths", type=_numbers, help="tokens of a row, by commas, as 4096 or 4k")
-    parser.add_argument("--window", type=int, default=64, help="tokens that are attended to exactly")
-    parser.add_argument("--map-dim", type=int, default=16, help="of the far term's map")
+    parser.add_argument("--window", type=_number, default=64, help="tokens that are attended to exactly")
+    parser.add_argument("--map-dim", type=_number, default=16, help="of the far term's map")
     parser.add_argument("--batches", type=_numbers, help="rows of a decoding step, by commas")
     parser.add_argument("--peers", type=_names(PEERS), default=list(PEERS), help=f"{', '.join(PEERS)}, or none")
     parser.add_argument("--quick", action="store_true", help="two lengths, two batch sizes, shorter timing")
-    parser.add_argument("--tokens", type=int, default=65536, help="of a prefill or training call (at least one row)")
+    parser.add_argument("--tokens", type=_number, default=65536, help="of a prefill or training call; one row at least")
     parser.add_argument("--seconds", type=float, default=40, help="a peer's compilation, check and timing of one row")
     parser.add_argument("--compile-seconds", type=float, default=120, help="for compiling fla's kernels ahead; 0: not")
     parser.add_argument("--output", type=Path, default=Path("bench-kernels"), help="writes OUTPUT.csv and OUTPUT.png")
@@ -228,13 +228,15 @@ def _names(allowed):
 
 
 def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(part[:-1]) * 1024 if part[-1:] in "kK" else int(part) for part in text.split(",") if part]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: not numbers of at least 1, as 512,4k")
-    return numbers
+    return [_number(part) for part in text.split(",")]
+
+
+def _number(text: str) -> int:
+    """'512' or '4k'."""
+    digits, times = (text[:-1], 1024) if text[-1:] in ("k", "K") else (text, 1)
+    if not digits.isdecimal() or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1, as 512 or 4k")
+    return int(digits) * times
 
 
 def main(arguments=None) -> None:
@@ -257,11 +259,13 @@ def main(arguments=None) -> None:
     if compiled:
         print(compiled)
     ceilings = measure_ceilings(rep=choice.rep)
+    settings = {"window": choice.window, "sinks": sizes(sections[0], choice)[0].sinks, "map_dim": choice.map_dim}
+    said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
     print(
         f"measured ceilings: copy {ceilings.copy:.0f} GB/s, bfloat16 matrix product {ceilings.product:.0f} TFLOP/s\n"
         "error: relative RMS against float64; %: of these ceilings, by algorithmic counts; roof: the bytes our method "
         "must move, at the copy rate\nsoftmax and fla get k and v repeated to all query heads before the clock starts; "
-        f"fla has neither window, sinks nor gate\nwindow {choice.window}, map dim {choice.map_dim}\n{HEADER}",
+        f"fla has neither window, sinks nor gate\n{said}\n{HEADER}",
         flush=True,
     )
     rows = []
@@ -269,8 +273,8 @@ def main(arguments=None) -> None:
         for group in run_section(section, choice):
             rows += group
             print(table(group, ceilings), flush=True)
-            write_csv(choice.output.with_suffix(".csv"), rows, ceilings, facts)
-    title = f"{facts['gpu']}, torch {facts['torch']}, Triton {facts['triton']}, bfloat16"
+            write_csv(choice.output.with_suffix(".csv"), rows, ceilings, {**facts, **settings})
+    title = f"{facts['gpu']}, torch {facts['torch']}, Triton {facts['triton']}, bfloat16; {said}"
     print(f"wrote {choice.output.with_suffix('.csv')}")
     print(draw_chart(choice.output.with_suffix(".png"), rows, ceilings, title))
     failed = [row for row in rows if row.implementation.startswith("linearize") and not row.fine]

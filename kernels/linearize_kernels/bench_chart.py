@@ -12,9 +12,10 @@ from itertools import groupby
 from pathlib import Path
 
 from .bench_measure import Ceilings, Row
+from .bench_shapes import SHAPES
 
 HEADER = (
-    f"{'implementation':32}{'error':>9}{'min ms':>10}{'ms':>10}{'TFLOP/s':>9}{'%':>5}{'GB/s':>7}{'%':>5}"
+    f"{'implementation':37}{'error':>9}{'min ms':>10}{'ms':>10}{'TFLOP/s':>9}{'%':>5}{'GB/s':>7}{'%':>5}"
     f"{'roof %':>8}{'x cuDNN':>9}{'x fla':>8}"
 )
 DERIVED = ("tflops", "percent_of_product", "gb_per_s", "percent_of_copy", "percent_of_roofline", "times_cudnn",
@@ -57,18 +58,18 @@ def table(rows: list[Row], ceilings: Ceilings) -> str:
     operation, shape, batch, length = group_of(rows[0])
     size = f"batch {batch}" if length == 1 else f"{batch} x {length}"
     floor = f"byte roofline {roofline_ms(rows[0], ceilings):.4f} ms"
-    lines = [f"-- {operation}, {shape}, {size}: {floor}"]
+    lines = [f"-- {operation}, {shape} ({SHAPES[shape].layer}), {size}: {floor}"]
     lines += [_line(row, derived) for row, derived in zip(rows, derive(rows, ceilings), strict=True)]
     return "\n".join(lines)
 
 
 def _line(row: Row, derived: dict) -> str:
     if row.ms is None:
-        return f"{row.implementation:32}  {row.note}"
+        return f"{row.implementation:37}  {row.note}"
     error = "" if row.error is None else f"{row.error:.1e}"
     time = f"{row.ms:.4f}" if row.fine else f"({row.ms:.4f})"
     line = (
-        f"{row.implementation:32}{error:>9}{row.ms_min:10.4f}{time:>10}{derived['tflops']:9.1f}"
+        f"{row.implementation:37}{error:>9}{row.ms_min:10.4f}{time:>10}{derived['tflops']:9.1f}"
         f"{derived['percent_of_product']:5.0f}{derived['gb_per_s']:7.0f}{derived['percent_of_copy']:5.0f}"
         f"{derived['percent_of_roofline']:8.1f}{_ratio(derived['times_cudnn']):>9}{_ratio(derived['times_fla']):>8}"
     )
@@ -80,14 +81,14 @@ def _ratio(value: float | None) -> str:
 
 
 def write_csv(path: Path, rows: list[Row], ceilings: Ceilings, about: dict) -> None:
-    """Every row with its rates; `about` (GPU, versions) and the ceilings stand in each."""
+    """Every row with its rates and layer; `about` (GPU, versions, settings) and the ceilings stand in each."""
     constant = {**about, "copy_gb_per_s": ceilings.copy, "product_tflops": ceilings.product}
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*Row._fields, *DERIVED, *constant])
+        writer = csv.DictWriter(file, [*Row._fields, "layer", *DERIVED, *constant])
         writer.writeheader()
         for group in groups(rows):
             for row, derived in zip(group, derive(group, ceilings), strict=True):
-                writer.writerow({**row._asdict(), **derived, **constant})
+                writer.writerow({**row._asdict(), "layer": SHAPES[row.shape].layer, **derived, **constant})
 
 
 def groups(rows: Iterable[Row]) -> list[list[Row]]:

@@ -80,7 +80,7 @@ def time_ours(s: Shape, dtype, implementation: str, result, launch=None) -> None
     outputs = []
     for t in range(CHECKED):
         token = token_at(s, more, t)
-        out = torch.full((s.B, s.H, 1, s.D), torch.nan, device="cuda", dtype=torch.bfloat16)
+        out = torch.full_like(token["q"], torch.nan)
         decode(**token, state=states[0], **options, **how, out=out)
         outputs.append(out[[0, -1]])  # the first and the last of rows that are all alike
     result["error"] = max(relative(x, expected[0, :, -CHECKED:]) for x in torch.cat(outputs, 2))

@@ -37,6 +37,10 @@ class Shape(NamedTuple):
     def features(self) -> int:
         return 1 + self.d + self.d * (self.d + 1) // 2
 
+    @property
+    def layer(self) -> str:
+        return f"{self.H} heads on {self.G}, D {self.D}"
+
 
 SHAPES = {
     "based": Shape("based", 32, 32, 64),  # the 1.3B model of BASED (arXiv 2402.18668), all heads alike

@@ -15,9 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from .feature_maps import Taylor
 from .reference import attention_reference
-from .state import State
 
 IMPLEMENTATIONS = ("auto", "reference", "triton", "cuda")
 SHORT = 64  # fewer new tokens after a state: launches are all the time there is, and the reference sums in float32
@@ -33,7 +31,6 @@ class Verdict(NamedTuple):
         return self.ok
 
 
-NO_TRITON = Verdict(False, "Triton is not installed")
 
 
 def attention(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_map="taylor", valid=None,
@@ -76,22 +73,30 @@ def requested(implementation: str = "auto") -> str:
     return implementation
 
 
+def why_not_triton(device: torch.device) -> str:
+    """Why no Triton kernel runs on a device; empty where they do, also in Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type != "cuda":
+        return "" if os.environ.get("TRITON_INTERPRET") == "1" else f"on {device.type}; Triton needs a CUDA GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return ""
+
+
 def can_run(q, k, v, q_far, k_far, gate, **options) -> Verdict:
     """Whether the Triton kernels can take this call of `attention`, with the reason where not.
 
     The first call of each sort on a device compares kernels and reference there, which takes seconds.
     """
-    if importlib.util.find_spec("triton") is None:
-        return NO_TRITON
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return Verdict(False, f"the tensors are on {q.device.type}; Triton needs a CUDA GPU")
-    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
-        return Verdict(False, f"{torch.cuda.get_device_name(q.device)} is older than compute capability 8.0")
+    reason = why_not_triton(q.device)
+    if reason:
+        return Verdict(False, reason)
     from . import prefill, training
     from .self_test import self_test
 
     tensors = [q, k, v, q_far, k_far, gate, options.get("log_decay")]
-    needs_grad, prefills = _needs_grad(tensors), _prefills(**options)
+    needs_grad, prefills = wants_gradients(tensors), _prefills(**options)
     if prefills and needs_grad:
         return Verdict(False, "no gradients through a state in Triton")
     reason = (prefill if prefills else training).why_not(q, k, v, q_far, k_far, gate, **options)
@@ -101,7 +106,7 @@ def can_run(q, k, v, q_far, k_far, gate, **options) -> Verdict:
         q.device, q.dtype, prefill=prefills, heads=q.shape[1], groups=k.shape[1], far_heads=k_far.shape[1],
         head_dim=q.shape[-1], value_dim=v.shape[-1], map_dim=q_far.shape[-1],
         decay=options.get("log_decay") is not None, backward=needs_grad,
-        masked=options.get("valid") is not None or options.get("segments") is not None,
+        masked=any(options.get(name) is not None for name in ("valid", "segments", "state")),
     )  # fmt: skip
     return _compared(error, allowed, q.device)
 
@@ -121,12 +126,12 @@ def can_run_cuda(q, k, v, q_far, k_far, gate, **options) -> Verdict:
     from .cuda_builds import longest_alike
     from .self_test import self_test
 
-    needs_grad, prefills = _needs_grad([q, k, v, q_far, k_far, gate, options.get("log_decay")]), _prefills(**options)
+    tensors = q, k, v, q_far, k_far, gate
+    needs_grad, prefills = wants_gradients([*tensors, options.get("log_decay")]), _prefills(**options)
     if needs_grad and prefills:
         return Verdict(False, "no gradients through a state in CUDA")
     if not prefills and (needs_grad or options.get("segments") is not None):
-        return can_forward_cuda(q, k, v, q_far, k_far, gate, **options, backward=needs_grad, chosen="cuda")
-    tensors = q, k, v, q_far, k_far, gate
+        return can_forward_cuda(*tensors, **options, backward=needs_grad, chosen="cuda")
     reason = cuda_prefill.why_not_text(*tensors, **options) or cuda_prefill.why_not_device(*tensors, **options)
     if reason:
         return Verdict(False, reason)
@@ -200,18 +205,20 @@ def can_decode(state, *, heads: int, decay: bool = False) -> Verdict:
         verdict = can_decode_cuda(state, heads=heads, decay=decay, forced=chosen == "cuda")
         if verdict or chosen == "cuda":
             return verdict
-    return _can_decode_triton(state, heads=heads, decay=decay)
+    if chosen == "reference":
+        return Verdict(False, "reference is asked for")
+    return can_decode_triton(state, heads=heads, decay=decay)
 
 
-def _can_decode_triton(state, *, heads: int, decay: bool) -> Verdict:
+def can_decode_triton(state, *, heads: int, decay: bool) -> Verdict:
+    """As `can_decode`, of the Triton kernel."""
+    reason = why_not_triton(state.total.device)
+    if reason or not state.total.is_cuda:
+        return Verdict(not reason, reason)
     from .decode import choose_launch
 
     batch, groups, splits = state.position.shape
     dtype, head_dim, value_dim = state.keys.dtype, state.keys.shape[-1], state.values.shape[-1]
-    if not state.total.is_cuda:
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        reason = f"the state is on {state.total.device.type}; Triton needs a CUDA GPU"
-        return Verdict(interpreted, "" if interpreted else reason)
     columns = -(-value_dim // splits)
     launch = choose_launch(batch * groups * splits, state.keys.shape[2], head_dim, columns, heads // groups, dtype)
     return _test_decode(state, launch, heads, decay)
@@ -248,14 +255,32 @@ def _try_decode_cuda(state, heads: int, decay: bool, forced: bool) -> Verdict:
 
 
 def decodes_in_cuda(state, *, heads: int, decay: bool, implementation: str = "auto") -> bool:
-    """Whether `decode` takes CUDA (else Triton). Raises RuntimeError where CUDA is forced and cannot run."""
+    """Whether `decode` takes CUDA (else Triton). Raises RuntimeError where CUDA is forced and cannot run, or the
+    reference, which is `attention` with a `State`."""
     chosen = requested(implementation)
+    if chosen == "reference":
+        raise RuntimeError("decode was asked to run as the reference: that is attention with a State")
     if chosen not in ("auto", "cuda"):
         return False
     verdict = can_decode_cuda(state, heads=heads, decay=decay, forced=chosen == "cuda")
     if chosen == "cuda" and not verdict:
         raise RuntimeError(f"decode was asked to run in CUDA, and cannot: {verdict.reason}")
     return bool(verdict)
+
+
+def can_run_losses(logits, teacher=None) -> Verdict:
+    """Whether the Triton kernels can take `logit_losses` of these, with the reason where not.
+
+    The first call of each sort on a device compares kernels and reference there, which takes seconds.
+    """
+    dtypes = [x.dtype for x in (logits, teacher) if x is not None]
+    reason = "logits in float64; Triton has float32" if torch.float64 in dtypes else why_not_triton(logits.device)
+    if reason or not logits.is_cuda:
+        return Verdict(not reason, reason)
+    from .self_test import self_test_losses
+
+    error, allowed = self_test_losses(logits.device, *dtypes, vocabulary=logits.shape[1])
+    return _compared(error, allowed, logits.device)
 
 
 def _test_decode(state, launch, heads: int, decay: bool) -> Verdict:
@@ -278,7 +303,8 @@ def _compared(error: float, allowed: float, device) -> Verdict:
     return Verdict(False, f"the self-test on {name} is off by {error:.1e}, relative; {allowed:.1e} is allowed")
 
 
-def _needs_grad(tensors) -> bool:
+def wants_gradients(tensors) -> bool:
+    """Whether a call with these tensors, some perhaps None, is to be differentiated."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
@@ -305,7 +331,7 @@ def _cuda(*tensors, scaling, window, sinks, return_state, segments, **_):
     from .training import attention_training
 
     with torch.cuda.device_of(tensors[0]):
-        if _needs_grad(tensors) or segments is not None:
+        if wants_gradients(tensors) or segments is not None:
             options = dict(scaling=scaling, window=window, sinks=sinks, segments=segments)
             return attention_training(*tensors, **options, forward="cuda"), None
         return attention_prefill_cuda(
@@ -314,63 +340,3 @@ def _cuda(*tensors, scaling, window, sinks, return_state, segments, **_):
 
 
 KERNELS = {"triton": (can_run, _triton), "cuda": (can_run_cuda, _cuda)}
-
-
-def report(device: str | torch.device = "cuda", *, window=64, map_dim=16) -> list[tuple[str, str, str]]:
-    """What each operation takes on a device, for `linearize doctor`: (operation, implementation, why).
-
-    Runs the kernels there, at the shapes of a small model.
-    """
-    rows = []
-    for name, training in (("training attention", True), ("prefill", False)):
-        for dtype in (torch.bfloat16, torch.float32):
-            tensors = _small_inputs(1, window + 236, map_dim, device=device, dtype=dtype, requires_grad=training)
-            options = dict(scaling=1.0, window=window, sinks=4, return_state=not training)
-            rows.append((f"{name}, {dtype}".replace("torch.", ""), *_report_attention(tensors, options)))
-    rows.append(("training backward, bfloat16", *_report_backward(device, window, map_dim)))
-    rows += [_report_decode(dtype, device, window, map_dim) for dtype in (torch.bfloat16, torch.float32)]
-    return rows
-
-
-def _small_inputs(batch: int, length: int, map_dim: int, **options) -> list[torch.Tensor]:
-    """q, k, v, q_far, k_far, gate of a small model."""
-    sizes = [(9, 64), (3, 64), (3, 64), (9, map_dim), (3, map_dim), (9,)]
-    return [torch.zeros(batch, heads, length, *size, **options) for heads, *size in sizes]
-
-
-def _report_attention(tensors, options) -> tuple[str, str]:
-    """What `attention` takes for a call, and why."""
-    chosen = requested()
-    for name in ("cuda", "triton") if chosen == "auto" else (chosen,):
-        if name not in KERNELS:
-            return name, "it is asked for"
-        verdict = KERNELS[name][0](*tensors, **options)
-        if verdict and tensors[0].is_cuda:
-            return name, "the self-test passed"
-    return (chosen if chosen in KERNELS else "reference"), verdict.reason
-
-
-def _report_backward(device, window, map_dim) -> tuple[str, str]:
-    """What finds the gradients of a batch that fills a GPU, and why."""
-    tensors = _small_inputs(16, 64, map_dim, device=device, dtype=torch.bfloat16)
-    verdict = can_backward_cuda(*tensors, scaling=1.0, window=window, sinks=4)
-    return ("cuda", "the self-test passed") if verdict else ("as forward", f"not cuda: {verdict.reason}")
-
-
-def _report_decode(dtype, device, window, map_dim) -> tuple[str, str, str]:
-    name = f"decode, {dtype}".replace("torch.", "")
-    if importlib.util.find_spec("triton") is None:
-        return name, "reference", NO_TRITON.reason
-    from .decode import DecodeState
-
-    k, k_far = (torch.zeros(1, 3, 1, size, device=device, dtype=dtype) for size in (64, map_dim))
-    state = State.empty(k, k, k_far, num_features=Taylor.num_features(map_dim), sinks=4, ring=window - 1)
-    state = DecodeState.from_state(state, window=window)
-    chosen, refused = requested(), ""
-    if chosen in ("auto", "cuda"):
-        verdict = can_decode_cuda(state, heads=9, forced=chosen == "cuda")
-        if verdict or chosen == "cuda":
-            return name, "cuda", verdict.reason or "the self-test passed"
-        refused = f"; not cuda: {verdict.reason}"
-    verdict = _can_decode_triton(state, heads=9, decay=False)
-    return name, "triton" if verdict else "reference", (verdict.reason or "the self-test passed") + refused

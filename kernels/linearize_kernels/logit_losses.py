@@ -6,11 +6,9 @@ N tokens, V vocabulary
     ce = Σ_n -log p_n[label_n]        kl = Σ_n Σ_v t_n[v] (log t_n[v] - log p_n[v])
 """
 
-import importlib.util
-
 import torch
 
-from .dispatch import requested
+from .dispatch import can_run_losses, requested
 
 IGNORED = -100  # label of a token that does not count
 
@@ -19,18 +17,17 @@ def logit_losses(logits, labels, teacher=None, *, implementation="auto"):
     """Sums over the tokens with a label: (cross-entropy, KL(teacher ‖ logits)), float32 scalars in nats.
 
     logits, teacher [N, V]; labels [N] int64, IGNORED where there is nothing to predict. Without a teacher KL is 0.
-    Differentiable in logits. "auto" takes Triton on a GPU, but for float64; the reference makes float32 copies of all
-    logits. Raises ValueError for an unknown implementation, RuntimeError where a forced one cannot run.
+    Differentiable in logits. "auto" takes Triton on a GPU where `can_run_losses` agrees; the reference makes float32
+    copies of all logits. Raises ValueError for an unknown implementation, RuntimeError where a forced one cannot run.
     """
     chosen = requested(implementation)
-    if chosen == "auto":
-        fast = logits.is_cuda and logits.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
-        chosen = "triton" if fast else "reference"
-    if chosen == "reference":
+    if chosen == "cuda":
+        raise RuntimeError("losses of logits were asked to run in cuda: Triton has them")
+    verdict = can_run_losses(logits, teacher) if chosen == "triton" or chosen == "auto" and logits.is_cuda else None
+    if chosen == "triton" and not verdict:
+        raise RuntimeError(f"losses of logits were asked to run in triton, and cannot: {verdict.reason}")
+    if not verdict:
         return logit_losses_reference(logits, labels, teacher)
-    if chosen != "triton" or logits.dtype == torch.float64:
-        asked = f"losses of logits in {logits.dtype} were asked to run in {chosen}"
-        raise RuntimeError(f"{asked}: Triton has them, in float32")
     from .logit_loss_kernels import LogitLosses
 
     with torch.cuda.device_of(logits):

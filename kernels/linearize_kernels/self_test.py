@@ -18,7 +18,8 @@ def self_test(device, dtype, *, prefill: bool, heads: int, groups: int, far_head
               sinks=4):  # fmt: skip
     """Largest relative RMS error of output, gradients (training) and sum (prefill): (error, allowed error).
 
-    Random inputs of 536 tokens more than the window. NaN counts as infinite. cuda: "prefill", or the part of training,
+    Random inputs of 536 tokens more than the window. NaN counts as infinite. masked: with padding and segments, or of
+    a prefill with padding and a past. cuda: "prefill", or the part of training,
     "forward" or "backward", that is to run in CUDA; the rest runs in Triton. window, sinks: what CUDA kernels are
     compiled for.
     """
@@ -38,8 +39,7 @@ def self_test(device, dtype, *, prefill: bool, heads: int, groups: int, far_head
             expected, got = _prefill_results(inputs, options, cuda)
         else:
             expected, got = _training_results(inputs, options, grad, backward, cuda)
-    errors = [((a - b).norm() / a.norm()).item() for a, b in zip(expected, got, strict=True)]
-    return max(math.inf if math.isnan(e) else e for e in errors), 1e-4 if dtype == torch.float32 else 1e-2
+    return largest_error(got, expected), 1e-4 if dtype == torch.float32 else 1e-2
 
 
 @functools.cache
@@ -71,9 +71,43 @@ def self_test_decode(device, dtype, *, launch, splits: int, heads: int, groups: 
         state = DecodeState.from_state(state, window=window, dtype=sum_dtype, splits=splits)
         tokens = [{name: x[:, :, t : t + 1] for name, x in inputs.items()} for t in range(prompt, length)]
         got = torch.cat([decode(**token, state=state, **options, launch=launch) for token in tokens], 2)
-    error = ((got - expected[:, :, prompt:]).norm() / expected[:, :, prompt:].norm()).item()
     allowed = 2e-2 if sum_dtype == torch.bfloat16 else 1e-4 if dtype == torch.float32 else 1e-2
-    return math.inf if math.isnan(error) else error, allowed
+    return largest_error([got], [expected[:, :, prompt:]]), allowed
+
+
+@functools.cache
+@torch.inference_mode(False)
+@torch.enable_grad()
+def self_test_losses(device, dtype, teacher_dtype=None, *, vocabulary: int):
+    """As `self_test`, of `logit_losses` and its gradient, with a teacher where its dtype is given.
+
+    Five tokens, one without a label.
+    """
+    from .logit_loss_kernels import LogitLosses
+    from .logit_losses import IGNORED, logit_losses_reference
+
+    generator = torch.Generator(device).manual_seed(0)
+    logits, teacher = (torch.randn(5, vocabulary, generator=generator, device=device) * 4 for _ in range(2))
+    labels = torch.randint(vocabulary, (5,), generator=generator, device=device)
+    labels[1] = IGNORED
+    teacher = None if teacher_dtype is None else teacher.to(teacher_dtype)
+
+    def results(function, x, teacher):
+        x = x.requires_grad_()
+        ce, kl = function(x, labels, teacher)
+        losses = [ce] if teacher is None else [ce, kl]
+        return [*losses, *torch.autograd.grad(ce + 0.5 * kl, x)]
+
+    x = logits.to(dtype)
+    expected = results(logit_losses_reference, x.double(), None if teacher is None else teacher.double())
+    got = results(LogitLosses.apply, x, teacher)
+    return largest_error(got, expected), 1e-4 if dtype == torch.float32 else 1e-2
+
+
+def largest_error(got, expected) -> float:
+    """The largest relative RMS error; NaN counts as infinite."""
+    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True)]
+    return max(math.inf if math.isnan(e) else e for e in errors)
 
 
 @torch.inference_mode(False)
@@ -115,10 +149,25 @@ def _prefill_results(inputs, options, cuda):
 
             got = [attention_prefill_cuda(**inputs, **options, segments=n) for n in (1, 3)]  # in one piece, and cut
         else:
-            from .prefill import attention_prefill
-
-            got = [attention_prefill(**inputs, **options)]
+            got = [_prefilled_in_pieces(inputs, **options) if "valid" in options else _prefilled(**inputs, **options)]
     return [[x for out, state in each for x in (out, state.total)] for each in ([expected] * len(got), got)]
+
+
+def _prefilled(**arguments):
+    from .prefill import attention_prefill
+
+    return attention_prefill(**arguments)
+
+
+def _prefilled_in_pieces(inputs, *, valid, **options):
+    """What follows a past, which takes the same programs as padding."""
+    inputs, state, outputs, length = dict(inputs), None, [], valid.shape[1]
+    log_decay = inputs.pop("log_decay", None)
+    for start, end in ((0, length - 250), (length - 250, length)):
+        piece = {name: x[:, :, start:end] for name, x in inputs.items()}
+        out, state = _prefilled(**piece, **options, log_decay=log_decay, valid=valid[:, start:end], state=state)
+        outputs.append(out)
+    return torch.cat(outputs, 2), state
 
 
 def _training_results(inputs, options, grad, backward, cuda):

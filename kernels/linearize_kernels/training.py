@@ -21,13 +21,14 @@ from . import forward_kernels, gradient_kernels, sink_gradient_kernels
 from .configs import Tiles, config_for, padded, precision
 from .cuda_backward import attention_backward_cuda
 from .cuda_prefill import attention_forward_cuda, attention_prefill_cuda
-from .dispatch import can_backward_cuda, can_forward_cuda
+from .dispatch import can_backward_cuda, can_forward_cuda, wants_gradients
 from .layout import like, row_major, strides
 from .picks import make_picks
 from .plan import Plan, plain_plan, plan_rows
 from .sums import Sums, key_sums, no_sums, query_sums
 
-MAX_QUADRATIC = 32768  # tokens a row where far pairs are taken one by one
+MAX_QUADRATIC = 32768  # tokens a row with a decay and gradients, where far pairs are taken one by one
+MAX_LENGTH = 2**24
 SINK_SPAN = 1024  # queries of one program that finds the gradients of sinks
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -44,17 +45,18 @@ def attention_training(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, v
     `can_forward_cuda` and `can_backward_cuda` agree.
     """
     config = config or config_for(q.dtype, max(q.shape[-1], v.shape[-1]))
-    return _Attention.apply(
-        q, k, v, q_far, k_far, gate, log_decay, valid, segments, scaling, window, sinks, config, forward,
-        backward,
-    )
+    tensors = [q, k, v, q_far, k_far, gate, log_decay]
+    if not wants_gradients(tensors):  # ctx.needs_input_grad does not know of no_grad
+        tensors = [x if x is None else x.detach() for x in tensors]
+    return _Attention.apply(*tensors, valid, segments, scaling, window, sinks, config, forward, backward)
 
 
 def why_not(q, k, v, q_far, k_far, gate, *, feature_map="taylor", softcap=None, sink_logits=None, log_decay=None,
             **_) -> str:  # fmt: skip
     """Why this kernel cannot take these arguments; empty where it can."""
     heads, groups, far_heads = q.shape[1], k.shape[1], k_far.shape[1]
-    longest = 2**24 if log_decay is None else MAX_QUADRATIC
+    in_pairs = log_decay is not None and wants_gradients([q, k, v, q_far, k_far, gate, log_decay])
+    longest, whose = (MAX_QUADRATIC, " with a decay and gradients") if in_pairs else (MAX_LENGTH, "")
     checks = {
         f"the feature map is {feature_map}, the kernels know taylor": feature_map == "taylor",
         "softcap is not built": softcap is None,
@@ -69,7 +71,7 @@ def why_not(q, k, v, q_far, k_far, gate, *, feature_map="taylor", softcap=None, 
         f"{heads} query heads, {groups} kv heads, {far_heads} far heads": (
             heads % groups == 0 and far_heads in (groups, heads)
         ),
-        f"{q.shape[2]} tokens: 1 to {longest}": 1 <= q.shape[2] <= longest,
+        f"{q.shape[2]} tokens: 1 to {longest}{whose}": 1 <= q.shape[2] <= longest,
         f"{q.shape[0] * heads} rows times heads: up to 65535": q.shape[0] * heads <= 65535,
     }
     return next((reason for reason, fine in checks.items() if not fine), "")
