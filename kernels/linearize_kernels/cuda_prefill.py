@@ -82,7 +82,7 @@ def _launch(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, segments, pa
         number = (segments - 1) * parts
         sums = q.new_empty(batch * groups, number, build.sum_floats, dtype=torch.float32)
         build.sums_kernel()(
-            (batch * groups, number, 1), (2 * size, 1, 1), v, mapped, sums, *strides(v, mapped),
+            (batch * groups, number, 1), (build.sum_threads, 1, 1), v, mapped, sums, *strides(v, mapped),
             length, groups, sinks, span // parts,
         )  # fmt: skip
     build.kernel(TRAINING=int(lse is not None), DOCUMENTS=int(ends is not None))(

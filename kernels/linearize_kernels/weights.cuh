@@ -13,15 +13,21 @@ __device__ __forceinline__ void multiply_add_pair(Scores& c, const unsigned (&a)
     multiply_add(*reinterpret_cast<float(*)[4]>(&c[4]), a, b[2], b[3]);
 }
 
+// total += the first `count` weights (4 or 8); in a tree, as sums wait for each other.
+__device__ __forceinline__ void add_rows(float (&total)[2], const Scores& weights, int count) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float sum = weights[2 * r] + weights[2 * r + 1];
+        total[r] += count > 4 ? sum + (weights[2 * r + 4] + weights[2 * r + 5]) : sum;
+    }
+}
+
 // Scores become weights; adds them to total.
 __device__ __forceinline__ void exponentiate(Scores& scores, float (&total)[2], const float (&shift)[2], float scale,
                                              int count) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        if (i >= count) continue;
-        scores[i] = exp2_fast(scores[i] * scale - shift[score_row(i)]);
-        total[score_row(i)] += scores[i];
-    }
+    for (int i = 0; i < count; i++) scores[i] = exp2_fast(scores[i] * scale - shift[score_row(i)]);
+    add_rows(total, scores, count);
 }
 
 __device__ __forceinline__ void pack_weights(unsigned (&a)[4], const Scores& weights) {
