@@ -11,17 +11,16 @@ from . import cuda
 CHUNK, HEAD_DIMS, MAP_DIMS, WINDOWS = 64, (64, 128), (4, 8, 16), range(2, 513)
 PROCESSOR_BYTES, LARGEST_BLOCK = 233472, 232448  # shared memory of a Hopper multiprocessor, and of a block of one
 ENOUGH_WARPS = 8  # on a multiprocessor
-# of prefill.cu, by D: bytes of a block; of a block that sums ahead of segments, for each stage and beside them; how many
-# of the latter share a multiprocessor
-ONE_WINDOW_BYTES, STAGE_BYTES, MORE_SUMS_BYTES, SUM_BLOCKS = {64: 111616, 128: 224512}, {64: 11264, 128: 19456}, 10688, {64: 3, 128: 1}
-SUM_STAGES = 4
+ONE_WINDOW_BYTES = {64: 111616, 128: 224512}  # of prefill.cu, by D
+# of its kernel that sums ahead of segments: bytes of a stage and beside them; stages; blocks of a multiprocessor
+STAGE_BYTES, MORE_SUMS_BYTES, SUM_STAGES, SUM_BLOCKS = {64: 11264, 128: 19456}, 10688, 4, {64: 3, 128: 1}
 
 
 @dataclass(frozen=True)
 class Build:
     """One way to compile. heads: of a block; blocks: of a multiprocessor; sum_floats: of a span in memory.
 
-    sum_threads, sum_blocks: likewise of the kernel that sums spans.
+    sum_threads, sum_blocks: likewise of the kernel that sums spans; 0 blocks: not counted.
     """
 
     source: str
@@ -38,7 +37,8 @@ class Build:
     more_arguments: tuple = ()
 
     def kernel(self, **more):
-        return cuda.kernel(self.source, self.names[0], {**self.defines, **more}, self.shared_bytes)
+        defines = {name: value for name, value in self.defines.items() if not name.startswith("SUM_")}
+        return cuda.kernel(self.source, self.names[0], {**defines, **more}, self.shared_bytes)
 
     def sums_kernel(self):
         about_queries = ("SINKS", "HEADS", "BLOCKS", "SLOTS", "PREFILL_SHARED")  # nothing to it
@@ -86,7 +86,7 @@ def choose_build(head_dim: int, map_dim: int, window: int, sinks: int, group: in
         "prefill_windows.cu", ("window_kernel", "window_sums_kernel"),
         {**shape, "SLOTS": slots, "HEADS": heads, "BLOCKS": blocks, "PREFILL_SHARED": shared, "SPAN_SHARED": spans},
         shared, spans, features * head_dim + (4 if map_dim == 16 else 1) * 128,
-        threads=128 * heads, sum_threads=2 * head_dim, sum_blocks=2, heads=heads, blocks=blocks,
+        threads=128 * heads, sum_threads=2 * head_dim, sum_blocks=0, heads=heads, blocks=blocks,
         more_arguments=(window,),
     )  # fmt: skip
 
