@@ -22,7 +22,7 @@ import torch
 
 from .bench_chart import HEADER, draw_chart, table, write_csv
 from .bench_decode import bench_decode
-from .bench_measure import Row, attempt, measure, measure_ceilings, poison, relative, require_finite
+from .bench_measure import Row, attempt, count_of, measure, measure_ceilings, poison, relative, require_finite
 from .bench_peers import PEERS, Candidate, candidates
 from .bench_shapes import SHAPES, Shape, draw, hybrid_cost
 
@@ -229,7 +229,7 @@ def _names(allowed):
 
 def _numbers(text: str) -> list[int]:
     try:
-        numbers = [int(part[:-1]) * 1024 if part[-1:] in "kK" else int(part) for part in text.split(",") if part]
+        numbers = [count_of(part) for part in text.split(",") if part]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:

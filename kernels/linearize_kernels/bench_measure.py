@@ -134,6 +134,11 @@ def _time(function: Callable) -> float:
     return start.elapsed_time(end)
 
 
+def count_of(text: str) -> int:
+    """A number of tokens: 4096, or 4k. Raises ValueError."""
+    return int(text[:-1]) * 1024 if text[-1:] in ("k", "K") else int(text)
+
+
 def measure_ceilings(*, rep: float) -> Ceilings:
     x = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
     y = torch.empty_like(x)
