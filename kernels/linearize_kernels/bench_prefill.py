@@ -1,7 +1,8 @@
-"""How the CUDA prefill cuts texts, and how it builds the pass ahead: `python -m linearize_kernels.bench_prefill`.
+"""How the CUDA prefill cuts texts, and ways to build it: `python -m linearize_kernels.bench_prefill`.
 
 Each way is checked against float64, then timed, whole and by kernel (milliseconds). What wins goes to cuda_segments.py
-(segments, parts) and cuda_builds.py (SUM_STAGES, SUM_BLOCKS). The first way is what is chosen now.
+(segments, parts), cuda_builds.py (SUM_STAGES, SUM_BLOCKS) and prefill_tiles.cuh (EARLY_LOADS). The first way is what
+is chosen now.
 """
 
 import argparse
@@ -15,20 +16,21 @@ from .cuda_builds import CHUNK, choose_build
 from .cuda_prefill import attention_prefill_cuda
 from .cuda_segments import SHORTEST, choose_parts, choose_segments
 
-BUILDS = [
+MAIN_BUILDS = [{"EARLY_LOADS": 1}]
+SUM_BUILDS = [
     {"SUM_STAGES": 3}, {"SUM_STAGES": 5}, {"SUM_BLOCKS": 2}, {"SUM_BLOCKS": 2, "SUM_STAGES": 6},
 ]  # fmt: skip
 LIMIT = 5e-3
 
 
 def ways(s: Shape, segments: int, parts: int) -> list[dict]:
-    """The chosen cut, others around it, and the chosen cut by other builds of the pass ahead."""
+    """The chosen cut, others around it, and the chosen cut by other builds."""
     most = -(-s.T // CHUNK) // SHORTEST
     cuts = [n for n in (1, segments // 2, segments, segments + 1, 2 * segments) if 1 <= n <= max(1, most)]
     tried = [dict(segments=segments, parts=parts)]
     tried += [dict(segments=n, parts=m) for n in cuts for m in ((1, 2, 3, 4, 6, 8) if n > 1 else (1,))]
-    if segments > 1:
-        tried += [dict(segments=segments, parts=parts, defines=build) for build in BUILDS]
+    builds = MAIN_BUILDS + (SUM_BUILDS if segments > 1 else [])
+    tried += [dict(segments=segments, parts=parts, defines=build) for build in builds]
     return [way for n, way in enumerate(tried) if way not in tried[:n]]
 
 

@@ -41,7 +41,7 @@ class Build:
         return cuda.kernel(self.source, self.names[0], {**defines, **more}, self.shared_bytes)
 
     def sums_kernel(self):
-        about_queries = ("SINKS", "HEADS", "BLOCKS", "SLOTS", "PREFILL_SHARED")  # nothing to it
+        about_queries = ("SINKS", "HEADS", "BLOCKS", "SLOTS", "PREFILL_SHARED", "EARLY_LOADS")  # nothing to it
         defines = {name: value for name, value in self.defines.items() if name not in about_queries}
         return cuda.kernel(self.source, self.names[1], defines, self.sums_bytes)
 
@@ -66,11 +66,11 @@ def choose_build(head_dim: int, map_dim: int, window: int, sinks: int, group: in
     """The build for a shape; group: query heads of a kv head. None is refused in favour of Triton: where that may be
     faster (map dim 16 at another window than 64, above all at head dim 128, where registers spill) is not measured.
 
-    forced, for measurements: SUM_STAGES and SUM_BLOCKS of prefill.cu; HEADS, SLOTS, BLOCKS of prefill_windows.cu, or
-    ANY_WINDOW=1 for that in place of prefill.cu.
+    forced, for measurements: SUM_STAGES, SUM_BLOCKS and EARLY_LOADS of prefill.cu; HEADS, SLOTS, BLOCKS of
+    prefill_windows.cu, or ANY_WINDOW=1 for that in place of prefill.cu.
     """
     places = -(-sinks // 8) * 8
-    if (window, map_dim) == (CHUNK, 16) and forced.keys() <= {"SUM_STAGES", "SUM_BLOCKS"}:
+    if (window, map_dim) == (CHUNK, 16) and forced.keys() <= {"SUM_STAGES", "SUM_BLOCKS", "EARLY_LOADS"}:
         return _one_window(head_dim, places, forced)
     lag = lag_of(window)
     shape = {"MAP_DIM": map_dim, "HEAD_DIM": head_dim, "SINKS": places, "LAG": lag}
@@ -96,7 +96,7 @@ def _one_window(head_dim: int, places: int, forced: dict) -> Build:
     stages, blocks = forced.get("SUM_STAGES", SUM_STAGES), forced.get("SUM_BLOCKS", SUM_BLOCKS[head_dim])
     return Build(
         "prefill.cu", ("prefill_kernel", "prefill_sums_kernel"),
-        {"HEAD_DIM": head_dim, "SINKS": places, "SUM_STAGES": stages, "SUM_BLOCKS": blocks},
+        {"HEAD_DIM": head_dim, "SINKS": places, **forced, "SUM_STAGES": stages, "SUM_BLOCKS": blocks},
         ONE_WINDOW_BYTES[head_dim], STAGE_BYTES[head_dim] * stages + MORE_SUMS_BYTES, 160 * head_dim + 272,
         threads=4 * head_dim, sum_threads=4 * head_dim, sum_blocks=blocks, blocks=128 // head_dim,
     )  # fmt: skip

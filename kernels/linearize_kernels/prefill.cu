@@ -8,9 +8,9 @@
 //     through the sum S   all chunks before: S = Σ features(k_far) ⊗ v, and the same for 1 instead of v.
 // Four warps attend, 16 rows each. Four warps keep S in registers, add chunk c - 1 for the next step, and load ahead.
 // For 128 values there are twice as many of both, one set for each half of the values.
-// Between barriers A and B the attending warps read S(c) in shared memory, and score exact keys, while the others
-// multiply; between B and A they do everything else, while the others write S(c + 1). Rows of tensors travel by
-// cp.async, a chunk ahead.
+// From barrier A on the attending warps read S(c) in shared memory, while the others add the second half of chunk c - 1;
+// at B, where nobody but them waits, S(c) is read, and they write S(c + 1) and begin with chunk c. Rows of tensors travel
+// by cp.async, a chunk ahead.
 //
 // Features of x [16]: step s = 0 … 8 holds x_i x_(i+s), i = 0 … 15, indices mod 16; step 8 has every product twice, so
 // its upper half holds 1, 0, …, 0 instead; step 9 holds x itself. Squares count half, on the query's side.

@@ -230,9 +230,15 @@ __device__ __forceinline__ void attend_pairs(float (&acc)[8][4], float (&total)[
 #pragma unroll 1
     for (int tile = 0; tile < block; tile++) {
         Scores far;
+        unsigned columns[4][4];  // asked for before the weights are known
+#pragma unroll
+        for (int pair = 0; pair < 4; pair++)
+            load_matrices_transposed(columns[pair], values + before * TILE + tile * 2048 +
+                                                        (value_place(tile % 2 * 64, lane) ^ (pair << 5)));
         far_weights(far, total, q_far, far_tile + 16 * tile * FAR_ROW, far_weight, first_key - 16 * tile, false, lane);
         pack_weights(weights, far);
-        add_values(acc, weights, values + before * TILE + tile * 2048, tile % 2 * 64, lane);
+#pragma unroll
+        for (int pair = 0; pair < 4; pair++) add_columns(acc, weights, columns[pair], pair);
     }
 }
 
@@ -276,6 +282,7 @@ __device__ __forceinline__ void attend(unsigned char* shared, Rows q, Rows q_far
             read_sum(acc, total, shared, far_rows, SUM_AT + half * HALF_SUM, lane);
             if (t == 0) total[0] += (c - 1) * CHUNK - sinks, total[1] += (c - 1) * CHUNK - sinks;
         }
+        sum_is_read();  // B
         __syncwarp();
         if (c < last) {
             copy_far_queries(far_rows, q_far, 0, token + CHUNK, length, lane);
@@ -287,7 +294,6 @@ __device__ __forceinline__ void attend(unsigned char* shared, Rows q, Rows q_far
         exact_scores(scores, sink, shared, q_tile(c), tiles, block, lane);
         __syncwarp();
         if (HALVES == 1 && c < last) load_queries(c + 1, lane);
-        meet();  // B; q kᵀ before it is faster
         mask_scores(scores, sink, c, block, sinks, lane);
         attend_pairs(acc, total, shift, scores, sink, x, far_gate, shared, shared + K_FAR_AT + before * FAR_TILE,
                      tiles, before, sinks - (c - 1) * CHUNK, block, half, scale, lane);

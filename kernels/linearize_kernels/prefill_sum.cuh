@@ -242,10 +242,11 @@ __device__ __forceinline__ void keep_sum(unsigned char* shared, Rows k, Rows v, 
     for (int c = first; c < last; c++) {  // chunk c - 1 is added half before A, half after it: others wait for less
         wait_for_copies();
         meet();  // A
+        if (EARLY_LOADS) load(c + 1, next_in_ring(now), recomputed(in_half));
         turn(now, 0);
         add(before, 1);
-        meet();  // B
-        load(c + 1, next_in_ring(now), recomputed(in_half));  // later than it could be: fewer registers live in fold
+        wait_until_read();  // B
+        if (!EARLY_LOADS) load(c + 1, next_in_ring(now), recomputed(in_half));
         write_sum(shared, sum, warp, lane);
         if (warp == GRAM_WARP) fold_gram(shared + GRAM_AT, shared + K_FAR_AT + before * FAR_TILE, lane);
         turn(now, 1);
@@ -254,6 +255,6 @@ __device__ __forceinline__ void keep_sum(unsigned char* shared, Rows k, Rows v, 
     }
     wait_for_copies();
     meet();  // A
-    meet();  // B
+    wait_until_read();  // B
     if (total) write_total(total, sum, shared, last, before, now, length - CHUNK + 1, sinks, warp, lane);
 }

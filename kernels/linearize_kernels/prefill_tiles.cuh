@@ -11,6 +11,10 @@
 #define SUM_STAGES 4
 #endif
 
+#ifndef EARLY_LOADS
+#define EARLY_LOADS 0  // 1: the next chunk is asked for at barrier A, not at B
+#endif
+
 constexpr int MAP = 16, STEPS = 10, NUM_FEATURES = 153;
 constexpr int KEEPERS = 128 * HALVES, ATTENDERS = 128 * HALVES;  // threads of either role
 constexpr int SUM_FLOATS = STEPS * MAP * HEAD_DIM, GRAM_FLOATS = MAP * MAP + MAP;  // of one span in global memory
@@ -32,6 +36,23 @@ constexpr unsigned SINK_K_AT = TURNED_AT + TURNED_KEYS, SINK_V_AT = SINK_K_AT + 
 constexpr unsigned GRAM_AT = SINK_V_AT + HALVES * SINK_TILE;         // Σ x xᵀ as C fragments, then Σ x; float32
 constexpr unsigned GATE_AT = GRAM_AT + GRAM_FLOATS * 4;              // each warp's own rows
 static_assert(GATE_AT + HALVES * CHUNK * 4 == (HEAD_DIM == 64 ? 111616 : 224512), "cuda_builds.py says so");
+
+// Warps that attend have read the sum, and go on; those that keep it wait for them.
+__device__ __forceinline__ void sum_is_read() {
+#ifdef CUDA_ON_CPU
+    emulator::arrive_named();
+#else
+    asm volatile("bar.arrive 1, %0;" :: "n"(ATTENDERS + KEEPERS) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_until_read() {
+#ifdef CUDA_ON_CPU
+    emulator::wait_named();
+#else
+    asm volatile("bar.sync 1, %0;" :: "n"(ATTENDERS + KEEPERS) : "memory");
+#endif
+}
 
 // The chunk after one in a ring of three.
 __device__ __forceinline__ int next_in_ring(int place) { return place == 2 ? 0 : place + 1; }
