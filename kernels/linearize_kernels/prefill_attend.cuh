@@ -264,7 +264,7 @@ __device__ __forceinline__ void attend(unsigned char* shared, Rows q, Rows q_far
     int before = 0;  // place of chunk c - 1 in the rings
 #pragma unroll 1
     for (int c = first; c <= last; c++) {
-        int lane = recomputed(own_lane), g = lane >> 2, t = lane & 3, token = c * CHUNK + row;
+        int lane = recomputed(own_lane) & 31, g = lane >> 2, t = lane & 3, token = c * CHUNK + row;
         float acc[8][4] = {}, total[2] = {}, shift[2], far_gate[2];
         wait_for_copies();
         meet();  // A
