@@ -1,7 +1,7 @@
 """How the CUDA prefill cuts texts, and ways to build it: `python -m linearize_kernels.bench_prefill`.
 
 Each way is checked against float64, then timed without a state, whole and by kernel (milliseconds); the fastest with a
-state too. What wins goes to cuda_segments.py (segments, parts), cuda_builds.py (SUM_STAGES, SUM_BLOCKS) and
+state too. What wins goes to cuda_segments.py (segments, parts), cuda_builds.py (SUM_…) and
 prefill_tiles.cuh (EARLY_LOADS). The first way is what is chosen now.
 """
 
@@ -18,7 +18,8 @@ from .cuda_segments import SHORTEST, choose_parts, choose_segments
 
 MAIN_BUILDS = [{"EARLY_LOADS": 1}]
 SUM_BUILDS = [
-    {"SUM_STAGES": 3}, {"SUM_STAGES": 5}, {"SUM_BLOCKS": 2}, {"SUM_BLOCKS": 2, "SUM_STAGES": 6},
+    {"SUM_STAGES": 3}, {"SUM_STAGES": 5}, {"SUM_SPLIT": 1}, {"SUM_SPLIT": 2}, {"SUM_SPLIT": 2, "SUM_BLOCKS": 2},
+    {"SUM_SPLIT": 1, "SUM_BLOCKS": 4},
 ]  # fmt: skip
 LIMIT = 5e-3
 

@@ -12,8 +12,10 @@ CHUNK, HEAD_DIMS, MAP_DIMS, WINDOWS = 64, (64, 128), (4, 8, 16), range(2, 513)
 PROCESSOR_BYTES, LARGEST_BLOCK = 233472, 232448  # shared memory of a Hopper multiprocessor, and of a block of one
 ENOUGH_WARPS = 8  # on a multiprocessor
 ONE_WINDOW_BYTES = {64: 111616, 128: 224512}  # of prefill.cu, by D
-# of its kernel that sums ahead of segments: bytes of a stage and beside them; stages; blocks of a multiprocessor
-STAGE_BYTES, MORE_SUMS_BYTES, SUM_STAGES, SUM_BLOCKS = {64: 11264, 128: 19456}, 10688, 4, {64: 3, 128: 1}
+# of its kernel that sums ahead of segments: bytes of a stage and beside them; as in prefill_tiles.cuh
+STAGE_BYTES, MORE_SUMS_BYTES = {64: 11264, 128: 19456}, 10688
+SUM_STAGES, SUM_BLOCKS, SUM_SPLIT = 4, {64: 3, 128: 1}, {64: 1, 128: 2}
+ONE_WINDOW_CHOICES = {"SUM_STAGES", "SUM_BLOCKS", "SUM_SPLIT", "EARLY_LOADS"}
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ def choose_build(head_dim: int, map_dim: int, window: int, sinks: int, group: in
     """The build for a shape; group: query heads of a kv head. None is refused in favour of Triton: where that may be
     faster (map dim 16 at another window than 64, above all at head dim 128, where registers spill) is not measured.
 
-    forced, for measurements: SUM_STAGES, SUM_BLOCKS and EARLY_LOADS of prefill.cu; HEADS, SLOTS, BLOCKS of
-    prefill_windows.cu, or ANY_WINDOW=1 for that in place of prefill.cu.
+    forced, for measurements: ONE_WINDOW_CHOICES of prefill.cu; HEADS, SLOTS, BLOCKS of prefill_windows.cu, or
+    ANY_WINDOW=1 for that in place of prefill.cu.
     """
     places = -(-sinks // 8) * 8
-    if (window, map_dim) == (CHUNK, 16) and forced.keys() <= {"SUM_STAGES", "SUM_BLOCKS", "EARLY_LOADS"}:
+    if (window, map_dim) == (CHUNK, 16) and forced.keys() <= ONE_WINDOW_CHOICES:
         return _one_window(head_dim, places, forced)
     lag = lag_of(window)
     shape = {"MAP_DIM": map_dim, "HEAD_DIM": head_dim, "SINKS": places, "LAG": lag}
@@ -93,12 +95,12 @@ def choose_build(head_dim: int, map_dim: int, window: int, sinks: int, group: in
 
 def _one_window(head_dim: int, places: int, forced: dict) -> Build:
     """prefill.cu's build; places: for sinks."""
-    stages, blocks = forced.get("SUM_STAGES", SUM_STAGES), forced.get("SUM_BLOCKS", SUM_BLOCKS[head_dim])
+    chosen = {"SUM_STAGES": SUM_STAGES, "SUM_BLOCKS": SUM_BLOCKS[head_dim], "SUM_SPLIT": SUM_SPLIT[head_dim]} | forced
     return Build(
         "prefill.cu", ("prefill_kernel", "prefill_sums_kernel"),
-        {"HEAD_DIM": head_dim, "SINKS": places, **forced, "SUM_STAGES": stages, "SUM_BLOCKS": blocks},
-        ONE_WINDOW_BYTES[head_dim], STAGE_BYTES[head_dim] * stages + MORE_SUMS_BYTES, 160 * head_dim + 272,
-        threads=4 * head_dim, sum_threads=4 * head_dim, sum_blocks=blocks, blocks=128 // head_dim,
+        {"HEAD_DIM": head_dim, "SINKS": places, **chosen}, ONE_WINDOW_BYTES[head_dim],
+        STAGE_BYTES[head_dim] * chosen["SUM_STAGES"] + MORE_SUMS_BYTES, 160 * head_dim + 272, threads=4 * head_dim,
+        sum_threads=2 * head_dim * chosen["SUM_SPLIT"], sum_blocks=chosen["SUM_BLOCKS"], blocks=128 // head_dim,
     )  # fmt: skip
 
 

@@ -83,10 +83,9 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS + KEEPERS, BLOCKS) prefil
 }
 
 // What each `span` chunks add to the sums that segments start with: those one before a segment's, as a segment starts
-// with the sum before the chunk before it. Grid (B · G, number of sums), 256 or 512 threads: twice as many as keep a sum
-// in the other kernel, each for half of the entries. Chunks travel SUM_STAGES - 1 ahead, and keys are turned one ahead, so
-// that warps meet once a chunk.
-constexpr int SUMMERS = 2 * KEEPERS;
+// with the sum before the chunk before it. Grid (B · G, number of sums), SUM_SPLIT times as many threads as keep a sum in
+// the other kernel. Chunks travel SUM_STAGES - 1 ahead, and keys are turned one ahead, so that warps meet once a chunk.
+constexpr int SUMMERS = SUM_SPLIT * KEEPERS, OWN_SUMS = 2 / SUM_SPLIT;
 constexpr unsigned SUMS_RING = SUM_STAGES * TILE, SUMS_K_FAR_AT = HALVES * SUMS_RING,
                    SUMS_TURNED_AT = SUMS_K_FAR_AT + SUM_STAGES * FAR_TILE,
                    SUMS_GRAM_AT = SUMS_TURNED_AT + 2 * TURNED_KEYS;
@@ -97,17 +96,17 @@ extern "C" __global__ void __launch_bounds__(SUMMERS, SUM_BLOCKS) prefill_sums_k
     const bf16* v, const bf16* k_far, float* sums, int v_b, int v_h, int v_t, int kf_b, int kf_h, int kf_t, int length,
     int groups, int sinks, unsigned span) {
     DYNAMIC_SHARED(shared);
-    unsigned thread = threadIdx.x % KEEPERS, high = threadIdx.x / KEEPERS, warp = thread / 32, lane = thread % 32;
+    unsigned thread = threadIdx.x % KEEPERS, share = threadIdx.x / KEEPERS, warp = thread / 32, lane = thread % 32;
     unsigned side = warp >> 1, column_half = warp / 4;
     long long b = blockIdx.x / groups, kv = blockIdx.x % groups;
     Rows values = {v + b * v_b + kv * v_h, v_t}, keys = {k_far + b * kf_b + kv * kf_h, kf_t};
     unsigned char *gram = shared + SUMS_GRAM_AT, *far_ring = shared + SUMS_K_FAR_AT, *turned = shared + SUMS_TURNED_AT;
-    bool has_keys = high && warp < 4;  // loads and turns them
+    bool has_keys = share == SUM_SPLIT - 1 && warp < 4;  // loads and turns them
     int first = int(blockIdx.y * span) - 1;
     auto load = [&](unsigned n) {
         unsigned at = n % SUM_STAGES;
         int token = (first + int(n)) * CHUNK;
-        if (n < span && !high)
+        if (n < span && share == 0)
             copy_tile(shared + column_half * SUMS_RING + at * TILE, values, token, CHUNK, sinks, length,
                       64 * column_half, thread % 128);
         if (n < span && has_keys) copy_far_tile(far_ring + at * FAR_TILE, keys, token, sinks, length, thread);
@@ -119,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(SUMMERS, SUM_BLOCKS) prefill_sums_k
     };
     for (unsigned n = 0; n < SUM_STAGES - 1; n++) load(n);
     for (int i = threadIdx.x; i < GRAM_FLOATS; i += SUMMERS) reinterpret_cast<float*>(gram)[i] = 0;
-    EntrySum sum = {};
+    EntrySum sum[OWN_SUMS] = {};
     wait_for_groups<SUM_STAGES - 2>();
     meet();
     turn(0);
@@ -134,16 +133,18 @@ extern "C" __global__ void __launch_bounds__(SUMMERS, SUM_BLOCKS) prefill_sums_k
         for (int part = 0; part < 2; part++) {
             unsigned fragments[2][2][4];
             load_values(fragments, v_tile, part, side, lane);
-            fold_entries(sum, fragments, turned + n % 2 * TURNED_KEYS, part, high, warp & 1, lane);
+#pragma unroll
+            for (int i = 0; i < OWN_SUMS; i++)
+                fold_entries(sum[i], fragments, turned + n % 2 * TURNED_KEYS, part, OWN_SUMS * share + i, warp & 1, lane);
         }
         if (threadIdx.x / 32 == n % (SUMMERS / 32)) fold_gram(gram, far_ring + n % SUM_STAGES * FAR_TILE, lane);
     }
     meet();
     float* to = sums + ((long long)blockIdx.x * gridDim.y + blockIdx.y) * (SUM_FLOATS + GRAM_FLOATS);
 #pragma unroll
-    for (int i = 0; i < 10; i++) {
-        const float(&c)[4] = sum[i / 5][i % 5];
-        reinterpret_cast<float4*>(to)[(10 * high + i) * KEEPERS + thread] = make_float4(c[0], c[1], c[2], c[3]);
+    for (int i = 0; i < 10 * OWN_SUMS; i++) {
+        const float(&c)[4] = sum[i / 10][i / 5 % 2][i % 5];
+        reinterpret_cast<float4*>(to)[(10 * OWN_SUMS * share + i) * KEEPERS + thread] = make_float4(c[0], c[1], c[2], c[3]);
     }
     for (int i = threadIdx.x; i < GRAM_FLOATS; i += SUMMERS) to[SUM_FLOATS + i] = reinterpret_cast<float*>(gram)[i];
 }

@@ -3,12 +3,16 @@
 #include "tiles.cuh"
 
 #define BLOCKS (128 / HEAD_DIM)  // blocks that share a multiprocessor
-// Of the kernel that sums ahead of segments: blocks likewise, and chunks in shared memory (3 or more).
+// Of the kernel that sums ahead of segments: blocks likewise, chunks in shared memory (3 or more), and 2 where each warp
+// has half of the entries, 1 where it has all.
 #ifndef SUM_BLOCKS
 #define SUM_BLOCKS (HEAD_DIM == 64 ? 3 : 1)
 #endif
 #ifndef SUM_STAGES
 #define SUM_STAGES 4
+#endif
+#ifndef SUM_SPLIT
+#define SUM_SPLIT (HEAD_DIM == 64 ? 1 : 2)
 #endif
 
 #ifndef EARLY_LOADS
