@@ -22,7 +22,7 @@ import torch
 
 from .bench_chart import HEADER, draw_chart, table, write_csv
 from .bench_decode import bench_decode
-from .bench_measure import Row, attempt, measure, measure_ceilings, poison, relative, require_finite
+from .bench_measure import Row, attempt, count_of, measure, measure_ceilings, poison, relative, require_finite
 from .bench_peers import PEERS, Candidate, candidates
 from .bench_shapes import SHAPES, Shape, draw, hybrid_cost
 
@@ -200,12 +200,12 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--only", type=_names(SECTIONS), help=f"sections, by commas: {', '.join(SECTIONS)}")
     parser.add_argument("--shapes", type=_names(SHAPES), help=f"by commas: {', '.join(SHAPES)}")
     parser.add_argument("--lengths", type=_numbers, help="tokens of a row, by commas, as 4096 or 4k")
-    parser.add_argument("--window", type=_number, default=64, help="tokens that are attended to exactly")
-    parser.add_argument("--map-dim", type=_number, default=16, help="of the far term's map")
+    parser.add_argument("--window", type=count_of, default=64, help="tokens that are attended to exactly")
+    parser.add_argument("--map-dim", type=count_of, default=16, help="of the far term's map")
     parser.add_argument("--batches", type=_numbers, help="rows of a decoding step, by commas")
     parser.add_argument("--peers", type=_names(PEERS), default=list(PEERS), help=f"{', '.join(PEERS)}, or none")
     parser.add_argument("--quick", action="store_true", help="two lengths, two batch sizes, shorter timing")
-    parser.add_argument("--tokens", type=_number, default=65536, help="of a prefill or training call; one row at least")
+    parser.add_argument("--tokens", type=count_of, default=65536, help="a prefill or training call, one row at least")
     parser.add_argument("--seconds", type=float, default=40, help="a peer's compilation, check and timing of one row")
     parser.add_argument("--compile-seconds", type=float, default=120, help="for compiling fla's kernels ahead; 0: not")
     parser.add_argument("--output", type=Path, default=Path("bench-kernels"), help="writes OUTPUT.csv and OUTPUT.png")
@@ -228,15 +228,7 @@ def _names(allowed):
 
 
 def _numbers(text: str) -> list[int]:
-    return [_number(part) for part in text.split(",")]
-
-
-def _number(text: str) -> int:
-    """'512' or '4k'."""
-    digits, times = (text[:-1], 1024) if text[-1:] in ("k", "K") else (text, 1)
-    if not digits.isdecimal() or int(digits) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1, as 512 or 4k")
-    return int(digits) * times
+    return [count_of(part) for part in text.split(",")]
 
 
 def main(arguments=None) -> None:

@@ -1,5 +1,6 @@
 """How the benchmark measures: a row, ceilings, times, errors, and what becomes of a call that fails."""
 
+import argparse
 import signal
 import statistics
 from collections.abc import Callable
@@ -132,6 +133,14 @@ def _time(function: Callable) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def count_of(text: str) -> int:
+    """An argument that counts: 512, or 4k. Raises ArgumentTypeError."""
+    digits, times = (text[:-1], 1024) if text[-1:] in ("k", "K") else (text, 1)
+    if not digits.isdecimal() or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1, as 512 or 4k")
+    return int(digits) * times
 
 
 def measure_ceilings(*, rep: float) -> Ceilings:
