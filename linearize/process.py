@@ -23,8 +23,8 @@ from .decoding import CHECK_EVERY, Decoder
 from .errors import LinearizeError
 from .kept_softmax import has_softmax
 from .loading import load
-from .process_files import Output, read_rows
-from .process_prompts import Prompts
+from .process_files import BrokenRow, Output, read_rows
+from .process_prompts import Prompts, check_template
 from .sampling import Sampling
 from .state import TOKENS_AT_ONCE, State, read
 
@@ -57,6 +57,7 @@ def process(folder, source, target, *, template: str = "{text}", chat: bool = Fa
     `field_name`. Returns this process's counts. Raises DataError for a file or template that does no row any good.
     """
     total, rows = read_rows(source)
+    check_template(template, read_rows(source)[1])
     processes, rank, world = _processes(device)
     output = Output(target, rank=rank, world=world)
     with closing(output):
@@ -89,6 +90,8 @@ def process(folder, source, target, *, template: str = "{text}", chat: bool = Fa
         output.finish()
         print(f"{counts['rows']:,} rows answered, {counts['errors']:,} errors, {counts['tokens_s']:,.0f} tokens/s; "
               f"{target}" + (f" (the first of {world} processes)" if world > 1 else ""))  # fmt: skip
+        if output.errors.exists():
+            print(f"rows that could not be answered, and why: {output.errors}")
     return {**counts, "resumed_at": output.start}
 
 
@@ -98,7 +101,8 @@ def _answer(work, left: Iterator, output: Output, bar, tokenizer, field_name: st
     for number, row, result in _in_order(work.run, left):
         if isinstance(result, LinearizeError):
             counts["errors"] += 1
-            output.write_error({"row": number, "error": str(result), "input": row})
+            given = row.line if isinstance(row, BrokenRow) else row
+            output.write_error({"row": number, "error": str(result), "input": given})
         else:
             counts["rows"] += 1
             counts["tokens"] += len(result)
