@@ -14,6 +14,7 @@ from pathlib import Path
 from linearize import __version__, shipped
 from linearize import cli_examples as examples
 from linearize.errors import LinearizeError
+from linearize.whole_folder import check_folder_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -270,9 +271,8 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    if args.output and not args.output.parent.is_dir():
-        # known now, not after hours of evaluation
-        raise LinearizeError(f"--output {args.output}: no folder {args.output.parent}; create it first")
+    if args.output:
+        check_folder_of(args.output)
     from linearize_eval.harness import evaluate_folder, format_results
 
     names = ("tasks", "include_path", "limit", "batch_size", "device", "dtype", "num_fewshot")

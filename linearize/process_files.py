@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import DataError
+from .whole_folder import check_folder_of
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ class Output:
     def __init__(self, target, *, rank: int = 0, world: int = 1):
         self.target, self.errors = Path(target), Path(f"{target}.errors.jsonl")
         self.parts = Path(f"{target}.parts")
-        if not self.target.parent.is_dir():
-            raise DataError(f"{target}: there is no folder {self.target.parent}; create it first")
+        check_folder_of(self.target)
         good, bad = ([row for row, *_ in _whole_lines(path)] for path in (self.target, self.errors))
         self.start = len(good) + len(bad)
         if sorted(good + bad) != list(range(self.start)) or sorted(good) != good:

@@ -208,6 +208,7 @@ def test_what_is_refused(folder, capsys):
         ((folder, "--new", 1), "at least 2"),
         ((folder, "--batches", "max", "--prompts", "8"), "found on a GPU"),
         (("--shape", "gpt-9"), "choose from llama-3.1-8b"),
+        ((folder, "--output", "none/run"), "create it first"),
     ):
         assert run(*words) == 2
         assert said in capsys.readouterr().err

@@ -11,7 +11,7 @@ from test_export import CHAT, make_tokenizer, save_model
 from linearize import cli, process_files
 from linearize import process as process_module
 from linearize.architecture import linearize_
-from linearize.errors import DataError
+from linearize.errors import DataError, LinearizeError
 from linearize.export import export
 from linearize.generation import generate_text
 from linearize.loading import load_any
@@ -122,7 +122,7 @@ def test_what_fits_no_row_is_refused_before_anything_is_written(folder, tmp_path
         with pytest.raises(DataError, match=said):
             run(folder, source, target, template=template)
         assert not target.exists()
-    with pytest.raises(DataError, match="no folder .*; create it first"):
+    with pytest.raises(LinearizeError, match="no folder .*; create it first"):
         run(folder, source, tmp_path / "none" / "out.jsonl")
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["so"]})}).save_to_disk(str(tmp_path / "all"))
     with pytest.raises(DataError, match="several splits.*of train"):

@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from linearize.errors import LinearizeError
+from linearize.whole_folder import check_folder_of
 
 from .generation_measure import Cell, Result, copy_rate, free_memory, largest_batch, measure, rounded_down
 from .generation_models import SHAPES, load_side
@@ -41,6 +42,8 @@ def bench_generation(folder=None, *, against=None, shape=None, prompts=(128, 102
     from linearize.loading import pick_device
 
     sides = _checked(folder, against, shape, new, sides)
+    if output:
+        check_folder_of(output)
     device = pick_device(device)
     rate = copy_rate(device)
     free_memory()
