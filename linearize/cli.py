@@ -14,7 +14,6 @@ from pathlib import Path
 from linearize import __version__, shipped
 from linearize import cli_examples as examples
 from linearize.errors import LinearizeError
-from linearize.whole_folder import check_folder_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,29 +106,26 @@ def _add_recipe(parser) -> None:
 def _add_generate(verbs) -> None:
     parser = _verb(verbs, "generate", _generate, "continue a text with a converted model", examples.GENERATE_EPILOG)
     parser.add_argument("folder", metavar="DIR", help="a converted model")
-    parser.add_argument(
-        "-p",
-        "--prompt",
-        dest="prompts",
-        action="append",
-        required=True,
-        metavar="TEXT",
-        help="the text to continue, - for standard input; several make a batch",
-    )
+    about = "the text to continue, - for standard input; several make a batch"
+    parser.add_argument("-p", "--prompt", dest="prompts", action="append", required=True, metavar="TEXT", help=about)
     parser.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
+    _add_sampling(parser, "makes samples repeat")
+    memory = parser.add_argument_group("what the model remembers")
+    memory.add_argument("--save-state", metavar="FILE", help="write what it remembers of the prompt, and end")
+    memory.add_argument("--state", metavar="FILE", help="the prompts follow a text that was saved so")
+
+
+def _add_sampling(parser, seed: str) -> None:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus; 1 (default) is off")
-    sampling.add_argument("--seed", type=int, default=None, metavar="N", help="makes samples repeat")
+    sampling.add_argument("--seed", type=int, default=None, metavar="N", help=seed)
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="the K likeliest; 0 (default) is off")
     sampling.add_argument("--min-p", type=float, default=0.0, metavar="P", help="share of the likeliest's; 0 is off")
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 (default) is off")
     sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end after this text; repeatable")
-    memory = parser.add_argument_group("what the model remembers")
-    memory.add_argument("--save-state", metavar="FILE", help="write what it remembers of the prompt, and end")
-    memory.add_argument("--state", metavar="FILE", help="the prompts follow a text that was saved so")
 
 
 def _add_eval(verbs) -> None:
@@ -161,12 +157,10 @@ def _add_process(verbs) -> None:
     parser.add_argument("--prefix", default="", metavar="TEXT", help="text before every prompt, read once")
     parser.add_argument("--batch", type=_positive, default=None, metavar="N", help="rows at once (default: by memory)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
-    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
     length = "most tokens of a row, prompt and answer; longer ones are errors (default: what the longest row needs)"
     parser.add_argument("--max-length", type=_positive, default=None, metavar="N", help=length)
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
-    parser.add_argument("--seed", type=int, default=None, metavar="N", help="row n draws by N + n")
     parser.add_argument("--disable-compile", action="store_const", const=True, help="no torch.compile in a long run")
+    _add_sampling(parser, "makes samples repeat: row n draws by N + n")
     parser.set_defaults(if_interrupted="; give the same command again to resume")
 
 
@@ -271,6 +265,8 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
+    from linearize.whole_folder import check_folder_of
+
     if args.output:
         check_folder_of(args.output)
     from linearize_eval.harness import evaluate_folder, format_results
@@ -287,8 +283,9 @@ def _process(args: argparse.Namespace) -> None:
     from linearize.sampling import Sampling
 
     names = ("folder", "source", "target", "template", "chat", "prefix", "batch", "max_new_tokens", "max_length",
-             "device", "disable_compile")  # fmt: skip
-    sampling = Sampling(temperature=args.temperature, seed=args.seed)
+             "device", "disable_compile", "stop")  # fmt: skip
+    how = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    sampling = Sampling(**{name: getattr(args, name) for name in how})
     process(**{name: getattr(args, name) for name in names}, sampling=sampling)
 
 

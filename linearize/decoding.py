@@ -326,6 +326,15 @@ def _to_cpu(tokens):
     return wait
 
 
+def has_stop(answer: list[int], stop_strings: Sequence[str], tokenizer, *, new: int = 1) -> bool:
+    """Whether the newest of an answer's token ids, `new` of them, complete one of the texts."""
+    if not stop_strings:
+        return False
+    longest = max(len(s.encode()) for s in stop_strings)
+    tail = tokenizer.decode(answer[-longest - 7 - new :])  # a token is at least a byte; 8 for what goes before
+    return any(s in tail for s in stop_strings)
+
+
 class _Rows:
     """The host's account of what has come and which rows have ended."""
 
@@ -344,18 +353,11 @@ class _Rows:
                     tokens[r, i:] = self.pad
                     break
                 self.answers[r].append(token)
-                self.ended[r] = token in self.ends or self._stops(self.answers[r])
+                self.ended[r] = token in self.ends or has_stop(self.answers[r], self.stop_strings, self.tokenizer)
                 used = max(used, i + 1)
         tokens = tokens[:, :used]
         self.tokens.append(tokens)
         return tokens
-
-    def _stops(self, answer) -> bool:
-        if not self.stop_strings:
-            return False
-        longest = max(len(s.encode()) for s in self.stop_strings)
-        tail = self.tokenizer.decode(answer[-longest - 8 :])  # a token is at least a byte; 8 for what goes before
-        return any(s in tail for s in self.stop_strings)
 
     @property
     def all_ended(self) -> bool:

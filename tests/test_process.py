@@ -177,6 +177,25 @@ def test_other_sources_and_the_command_line(folder, tmp_path):
     assert found[0] == found[1] == found[2] and len(found[0]) == 2
 
 
+def test_an_answer_ends_with_a_stop_text(folder, tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    run(folder, source, tmp_path / "whole.jsonl")
+    whole = [r["output"] for r in lines(tmp_path / "whole.jsonl")]
+    stop = max(whole, key=len)[2:4]  # early in what is decoded between two looks
+    run(folder, source, tmp_path / "out.jsonl", stop=[stop])
+    expected = [text[: text.index(stop) + 2] if stop in text else text for text in whole]
+    assert [r["output"] for r in lines(tmp_path / "out.jsonl")] == expected != whole
+
+
+def test_every_option_of_sampling_reaches_the_rows(folder, tmp_path, monkeypatch):
+    given, make = [], process_module.Decoder
+    monkeypatch.setattr(process_module, "Decoder", lambda *a, **k: given.append(k["sampling"]) or make(*a, **k))
+    words = ["process", folder, write(tmp_path / "in.jsonl", [{"text": "so"}]), tmp_path / "out.jsonl", "--top-k", 9]
+    words += "--temperature 0.5 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --seed 3 --stop a".split()
+    assert cli.main([*map(str, words), "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    assert given == [Sampling(0.5, 9, 0.9, 0.1, 1.2, 3)]
+
+
 def test_what_is_refused(folder, tmp_path):
     with pytest.raises(DataError, match="no such .jsonl or .parquet"):
         run(folder, tmp_path / "none.jsonl", tmp_path / "out")
