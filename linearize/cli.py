@@ -76,9 +76,7 @@ def _add_convert(verbs) -> None:
     parser = _verb(verbs, "convert", _convert, "convert a model by a recipe", examples.CONVERT_EPILOG)
     _add_recipe(parser)
     parser.add_argument("--dry-run", action="store_true", help="check the recipe and say what would be done")
-    parser.add_argument(
-        "--force", action="store_true", help="start over, replacing what the output folder holds"
-    )
+    parser.add_argument("--force", action="store_true", help="start over, replacing what the output folder holds")
 
 
 def _add_rank_layers(verbs) -> None:
@@ -187,7 +185,7 @@ def _add_bench(verbs) -> None:
     what.add_argument("--shape", metavar="NAME", help="random weights: llama-3.1-8b, based-1.3b or smollm2-135m")
     what.add_argument("--window", type=_positive, metavar="N", help="with --shape: the window (default 192)")
     what.add_argument("--map-dim", type=_positive, metavar="N", help="with --shape: of the feature map (default 4)")
-    what.add_argument("--prompts", type=_counts, default=[128, 1024, 8192, 32768], metavar="N,N", help="128,1k,8k,32k")
+    what.add_argument("--prompts", type=_prompts, default=[128, 1024, 8192, 32768], metavar="N,N", help="128,1k,8k,32k")
     what.add_argument("--new", type=_positive, default=1024, metavar="N", help="new tokens a row (default 1024)")
     what.add_argument("--batches", type=_counts, default=[1, "max"], metavar="N,N", help="default 1,max: what fits")
     what.add_argument("--cells", type=_pairs, metavar="P:B,P:B", help="prompt:batch pairs instead, as 1k:128,8k:max")
@@ -199,7 +197,7 @@ def _add_bench(verbs) -> None:
     parser.add_argument("--profile", action="store_true", help="also list the kernels of a step by their time")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="default bfloat16")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
-    parser.add_argument("--output", metavar="PATH", help="also write PATH.csv and PATH.png")
+    parser.add_argument("--output", metavar="PATH", help="also write PATH.csv, PATH.ratios.csv and PATH.png")
     _add_bench_speculative(actions)
 
 
@@ -377,12 +375,17 @@ def _counts(text: str) -> list[int | str]:
     return counts
 
 
+def _prompts(text: str) -> list[int | str]:
+    """As `_counts`, but that a prompt may be empty: '0,8k' -> [0, 8192]."""
+    return [0 if word.strip() == "0" else _counts(word)[0] for word in text.split(",")]
+
+
 def _pairs(text: str) -> list[tuple]:
-    """'1k:128,8k:max' -> [(1024, 128), (8192, 'max')]."""
-    pairs = [tuple(_counts(word.replace(":", ","))) for word in text.split(",")]
-    if any(len(pair) != 2 or pair[0] == "max" for pair in pairs):
+    """'0:128,8k:max' -> [(0, 128), (8192, 'max')]."""
+    pairs = [word.split(":") for word in text.split(",")]
+    if any(len(pair) != 2 or pair[0].strip() == "max" for pair in pairs):
         raise argparse.ArgumentTypeError(f"must be prompt:batch pairs, as 1k:128,8k:max, is '{text}'")
-    return pairs
+    return [(*_prompts(prompt), *_counts(batch)) for prompt, batch in pairs]
 
 
 def _names(text: str) -> list[str]:
