@@ -76,9 +76,7 @@ def _add_convert(verbs) -> None:
     parser = _verb(verbs, "convert", _convert, "convert a model by a recipe", examples.CONVERT_EPILOG)
     _add_recipe(parser)
     parser.add_argument("--dry-run", action="store_true", help="check the recipe and say what would be done")
-    parser.add_argument(
-        "--force", action="store_true", help="start over, replacing what the output folder holds"
-    )
+    parser.add_argument("--force", action="store_true", help="start over, replacing what the output folder holds")
 
 
 def _add_rank_layers(verbs) -> None:
@@ -106,29 +104,26 @@ def _add_recipe(parser) -> None:
 def _add_generate(verbs) -> None:
     parser = _verb(verbs, "generate", _generate, "continue a text with a converted model", examples.GENERATE_EPILOG)
     parser.add_argument("folder", metavar="DIR", help="a converted model")
-    parser.add_argument(
-        "-p",
-        "--prompt",
-        dest="prompts",
-        action="append",
-        required=True,
-        metavar="TEXT",
-        help="the text to continue, - for standard input; several make a batch",
-    )
+    about = "the text to continue, - for standard input; several make a batch"
+    parser.add_argument("-p", "--prompt", dest="prompts", action="append", required=True, metavar="TEXT", help=about)
     parser.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
+    _add_sampling(parser, "makes samples repeat")
+    memory = parser.add_argument_group("what the model remembers")
+    memory.add_argument("--save-state", metavar="FILE", help="write what it remembers of the prompt, and end")
+    memory.add_argument("--state", metavar="FILE", help="the prompts follow a text that was saved so")
+
+
+def _add_sampling(parser, seed: str) -> None:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus; 1 (default) is off")
-    sampling.add_argument("--seed", type=int, default=None, metavar="N", help="makes samples repeat")
+    sampling.add_argument("--seed", type=int, default=None, metavar="N", help=seed)
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="the K likeliest; 0 (default) is off")
     sampling.add_argument("--min-p", type=float, default=0.0, metavar="P", help="share of the likeliest's; 0 is off")
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 (default) is off")
     sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end after this text; repeatable")
-    memory = parser.add_argument_group("what the model remembers")
-    memory.add_argument("--save-state", metavar="FILE", help="write what it remembers of the prompt, and end")
-    memory.add_argument("--state", metavar="FILE", help="the prompts follow a text that was saved so")
 
 
 def _add_eval(verbs) -> None:
@@ -160,12 +155,10 @@ def _add_process(verbs) -> None:
     parser.add_argument("--prefix", default="", metavar="TEXT", help="text before every prompt, read once")
     parser.add_argument("--batch", type=_positive, default=None, metavar="N", help="rows at once (default: by memory)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
-    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
     length = "most tokens of a row, prompt and answer; longer ones are errors (default: what the longest row needs)"
     parser.add_argument("--max-length", type=_positive, default=None, metavar="N", help=length)
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
-    parser.add_argument("--seed", type=int, default=None, metavar="N", help="row n draws by N + n")
     parser.add_argument("--disable-compile", action="store_const", const=True, help="no torch.compile in a long run")
+    _add_sampling(parser, "makes samples repeat: row n draws by N + n")
     parser.set_defaults(if_interrupted="; give the same command again to resume")
 
 
@@ -192,7 +185,7 @@ def _add_bench(verbs) -> None:
     what.add_argument("--shape", metavar="NAME", help="random weights: llama-3.1-8b, based-1.3b or smollm2-135m")
     what.add_argument("--window", type=_positive, metavar="N", help="with --shape: the window (default 192)")
     what.add_argument("--map-dim", type=_positive, metavar="N", help="with --shape: of the feature map (default 4)")
-    what.add_argument("--prompts", type=_counts, default=[128, 1024, 8192, 32768], metavar="N,N", help="128,1k,8k,32k")
+    what.add_argument("--prompts", type=_prompts, default=[128, 1024, 8192, 32768], metavar="N,N", help="128,1k,8k,32k")
     what.add_argument("--new", type=_positive, default=1024, metavar="N", help="new tokens a row (default 1024)")
     what.add_argument("--batches", type=_counts, default=[1, "max"], metavar="N,N", help="default 1,max: what fits")
     what.add_argument("--cells", type=_pairs, metavar="P:B,P:B", help="prompt:batch pairs instead, as 1k:128,8k:max")
@@ -204,7 +197,7 @@ def _add_bench(verbs) -> None:
     parser.add_argument("--profile", action="store_true", help="also list the kernels of a step by their time")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="default bfloat16")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
-    parser.add_argument("--output", metavar="PATH", help="also write PATH.csv and PATH.png")
+    parser.add_argument("--output", metavar="PATH", help="also write PATH.csv, PATH.ratios.csv and PATH.png")
     _add_bench_speculative(actions)
 
 
@@ -270,9 +263,10 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    if args.output and not args.output.parent.is_dir():
-        # known now, not after hours of evaluation
-        raise LinearizeError(f"--output {args.output}: no folder {args.output.parent}; create it first")
+    from linearize.whole_folder import check_folder_of
+
+    if args.output:
+        check_folder_of(args.output)
     from linearize_eval.harness import evaluate_folder, format_results
 
     names = ("tasks", "include_path", "limit", "batch_size", "device", "dtype", "num_fewshot")
@@ -287,8 +281,9 @@ def _process(args: argparse.Namespace) -> None:
     from linearize.sampling import Sampling
 
     names = ("folder", "source", "target", "template", "chat", "prefix", "batch", "max_new_tokens", "max_length",
-             "device", "disable_compile")  # fmt: skip
-    sampling = Sampling(temperature=args.temperature, seed=args.seed)
+             "device", "disable_compile", "stop")  # fmt: skip
+    how = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    sampling = Sampling(**{name: getattr(args, name) for name in how})
     process(**{name: getattr(args, name) for name in names}, sampling=sampling)
 
 
@@ -380,12 +375,17 @@ def _counts(text: str) -> list[int | str]:
     return counts
 
 
+def _prompts(text: str) -> list[int | str]:
+    """As `_counts`, but that a prompt may be empty: '0,8k' -> [0, 8192]."""
+    return [0 if word.strip() == "0" else _counts(word)[0] for word in text.split(",")]
+
+
 def _pairs(text: str) -> list[tuple]:
-    """'1k:128,8k:max' -> [(1024, 128), (8192, 'max')]."""
-    pairs = [tuple(_counts(word.replace(":", ","))) for word in text.split(",")]
-    if any(len(pair) != 2 or pair[0] == "max" for pair in pairs):
+    """'0:128,8k:max' -> [(0, 128), (8192, 'max')]."""
+    pairs = [word.split(":") for word in text.split(",")]
+    if any(len(pair) != 2 or pair[0].strip() == "max" for pair in pairs):
         raise argparse.ArgumentTypeError(f"must be prompt:batch pairs, as 1k:128,8k:max, is '{text}'")
-    return pairs
+    return [(*_prompts(prompt), *_counts(batch)) for prompt, batch in pairs]
 
 
 def _names(text: str) -> list[str]:

@@ -32,6 +32,18 @@ CHECK_EVERY = 16  # tokens between looks at which rows have ended
 log = logging.getLogger(__name__)
 
 
+def settle(picked, token, position, finished, last, ends, pad) -> None:
+    """Enters the tokens picked, [B], into a Decoder's token, position and finished [B], in place.
+
+    last [B], ends [E], pad: what ends a row, and fills it then. A row that has ended stands still.
+    """
+    new, at = torch.where(finished, pad, picked), position + ~finished
+    at_end = (new[:, None] == ends).any(-1) | (at >= last)
+    token.copy_(new)
+    position.copy_(at)
+    finished.logical_or_(at_end)
+
+
 class Decoder:
     """Decodes B rows at once, a token of each at a time; can be used again for other prompts.
 
@@ -64,7 +76,7 @@ class Decoder:
         self.finished = torch.ones(batch, dtype=torch.bool, device=self.device)  # rows that have ended, or never began
         self.logits = None  # [B, V] of the newest step; a graph writes them in place
         self.mask = None  # [B, seen] bool where the model's own cache holds softmax keys
-        self.run_model, self.compile_seconds, self.why_not_compiled = run_model, None, ""
+        self.run_model, self.settle, self.compile_seconds, self.why_not_compiled = run_model, settle, None, ""
         self.merged = None  # MergedProducts, where the step is static
         self._choose_mode(mode, batch, max_length, disable_compile)
 
@@ -148,17 +160,16 @@ class Decoder:
             mask = self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
         with self.merged.on() if self.merged else nullcontext():
             self.logits = self.run_model(self.model, self.cache, self.token, self.position, mask)
-        self._choose(self.logits)
+        self._choose(self.logits, settle=self.settle)
 
-    def _choose(self, logits, rows=None) -> None:
-        """Takes the next token of these rows from logits [rows, V], in place; a row that has ended stands still."""
-        finished = take(self.finished, rows)
-        token = torch.where(finished, self.pad, self.sampler.pick(logits, rows))
-        position = take(self.position, rows) + ~finished
-        at_end = (token[:, None] == self.ends).any(-1) | (position >= take(self.last, rows))
-        put(self.token, rows, token)
-        put(self.position, rows, position)
-        put(self.finished, rows, finished | at_end)
+    def _choose(self, logits, rows=None, *, settle=settle) -> None:
+        """Takes the next token of these rows, indices (None: all), from logits [rows, V], in place."""
+        buffers = self.token, self.position, self.finished
+        mine = [take(x, rows) for x in buffers]
+        settle(self.sampler.pick(logits, rows), *mine, take(self.last, rows), self.ends, self.pad)
+        if rows is not None:  # then they are copies
+            for buffer, x in zip(buffers, mine, strict=True):
+                put(buffer, rows, x)
 
     @property
     def is_static(self) -> bool:
@@ -181,20 +192,24 @@ class Decoder:
             if mode != "auto" or disable_compile is False:
                 raise
             self.why_eager, self.graph, self.cache = str(error), None, None
-            self.run_model, self.compile_seconds, self.merged = run_model, None, None
+            self.run_model, self.settle, self.compile_seconds, self.merged = run_model, settle, None, None
 
     def _compile(self, *, must: bool) -> None:
-        """Replaces `run_model`, as one graph of torch.compile, and runs it once."""
+        """Replaces `run_model` and `settle`, each as one graph of torch.compile, and runs them once."""
         from torch._dynamo.exc import TorchDynamoException  # takes seconds
 
-        self.run_model, start = torch.compile(run_model, fullgraph=True, dynamic=False), time.perf_counter()
+        start = time.perf_counter()
+        self.run_model, self.settle = (
+            torch.compile(function, fullgraph=True, dynamic=False) for function in (run_model, settle)
+        )
         try:
             with torch._dynamo.config.patch(recompile_limit=256):  # one for each sort of Decoder in this process
                 self._step()
         except TorchDynamoException as error:
             if must:
                 raise
-            self.run_model, self.why_not_compiled = run_model, str(error).strip().partition("\n")[0]
+            self.run_model, self.settle = run_model, settle
+            self.why_not_compiled = str(error).strip().partition("\n")[0]
             log.warning("the decode step is not compiled: %s", self.why_not_compiled)
         else:
             self.compile_seconds = time.perf_counter() - start
@@ -311,6 +326,15 @@ def _to_cpu(tokens):
     return wait
 
 
+def has_stop(answer: list[int], stop_strings: Sequence[str], tokenizer, *, new: int = 1) -> bool:
+    """Whether the newest of an answer's token ids, `new` of them, complete one of the texts."""
+    if not stop_strings:
+        return False
+    longest = max(len(s.encode()) for s in stop_strings)
+    tail = tokenizer.decode(answer[-longest - 7 - new :])  # a token is at least a byte; 8 for what goes before
+    return any(s in tail for s in stop_strings)
+
+
 class _Rows:
     """The host's account of what has come and which rows have ended."""
 
@@ -329,18 +353,11 @@ class _Rows:
                     tokens[r, i:] = self.pad
                     break
                 self.answers[r].append(token)
-                self.ended[r] = token in self.ends or self._stops(self.answers[r])
+                self.ended[r] = token in self.ends or has_stop(self.answers[r], self.stop_strings, self.tokenizer)
                 used = max(used, i + 1)
         tokens = tokens[:, :used]
         self.tokens.append(tokens)
         return tokens
-
-    def _stops(self, answer) -> bool:
-        if not self.stop_strings:
-            return False
-        longest = max(len(s.encode()) for s in self.stop_strings)
-        tail = self.tokenizer.decode(answer[-longest - 8 :])  # a token is at least a byte; 8 for what goes before
-        return any(s in tail for s in self.stop_strings)
 
     @property
     def all_ended(self) -> bool:

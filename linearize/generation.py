@@ -7,6 +7,7 @@ from .errors import LinearizeError, ModelError
 from .loading import load
 from .sampling import Sampling
 from .state import State, read
+from .whole_folder import check_folder_of
 
 
 def generate_text(folder, *, prompts: list[str], max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
@@ -24,6 +25,8 @@ def generate_text(folder, *, prompts: list[str], max_new_tokens: int = 64, tempe
         raise LinearizeError("a prompt is empty: give some text to continue")
     if save_state and len(prompts) > 1:
         raise LinearizeError(f"--save-state writes the state of one text, not of {len(prompts)}")
+    if save_state:
+        check_folder_of(save_state)
     model, tokenizer = load(folder, device=device)
     before = State.load(state, model, tokenizer) if state else None
     if before is not None:  # rows of other lengths after one past: each is read alone
@@ -31,6 +34,7 @@ def generate_text(folder, *, prompts: list[str], max_new_tokens: int = 64, tempe
         after = State.join([read(model, **one, state=before) for one in encoded])
     else:
         after = read(model, **_encode(tokenizer, prompts, chat))
+    _warn_if_long(model, after, 0 if save_state else max_new_tokens)
     if save_state:
         after.save(save_state, model, tokenizer)
         print(f"{save_state}: {after.lengths[0].item():,} tokens, {after.num_bytes() / 2**20:,.1f} MiB")
@@ -53,6 +57,14 @@ def generate_text(folder, *, prompts: list[str], max_new_tokens: int = 64, tempe
         for prompt, text in zip(prompts, texts, strict=True):
             sys.stdout.write(f"{'' if chat else prompt}{text}\n\n")
     return texts
+
+
+def _warn_if_long(model, state: State, new: int) -> None:
+    """The memory holds any length; whether the model makes sense of it is another matter."""
+    longest, positions = state.lengths.max().item(), getattr(model.config, "max_position_embeddings", None)
+    if positions and longest + new > positions:
+        print(f"warning: {longest:,} tokens and {new:,} new ones are more than the {positions:,} positions that the "
+              "model was made for", file=sys.stderr)  # fmt: skip
 
 
 def _encode(tokenizer, prompts, chat, *, follows=False):

@@ -10,7 +10,7 @@ B rows decoded at once (slots)
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,12 +19,12 @@ from itertools import islice
 import torch
 from tqdm import tqdm
 
-from .decoding import CHECK_EVERY, Decoder
+from .decoding import CHECK_EVERY, Decoder, has_stop
 from .errors import LinearizeError
 from .kept_softmax import has_softmax
 from .loading import load
-from .process_files import Output, read_rows
-from .process_prompts import Prompts
+from .process_files import BrokenRow, Output, read_rows
+from .process_prompts import Prompts, check_template
 from .sampling import Sampling
 from .state import TOKENS_AT_ONCE, State, read
 
@@ -45,18 +45,20 @@ class _Slot:
 
 def process(folder, source, target, *, template: str = "{text}", chat: bool = False, prefix: str = "",
             batch: int | None = None, max_new_tokens: int = 64, max_length: int | None = None,
-            sampling: Sampling | None = None, field_name: str = "output", device: str = "auto",
-            mode: str = "auto", disable_compile: bool | None = None) -> dict:  # fmt: skip
+            sampling: Sampling | None = None, stop: Sequence[str] = (), field_name: str = "output",
+            device: str = "auto", mode: str = "auto", disable_compile: bool | None = None) -> dict:  # fmt: skip
     """Answers every row of `source` (.jsonl, .parquet or a dataset's folder) into the .jsonl file `target`.
 
     template: the prompt, with a row's columns in braces. prefix: text before every prompt, read once. batch: None
     takes what half of the free memory holds. max_length: the most tokens of a row, prefix, prompt and answer; longer
     rows are errors. None: what the longest row needs, for which all prompts are counted first where the model keeps
-    softmax, whose memory grows with it. disable_compile: of `Decoder`; None: compiled on a GPU where there may be
-    COMPILED_FROM steps or more. An output line is the row with its number as "row" and the answer under
-    `field_name`. Returns this process's counts. Raises DataError for a file or template that does no row any good.
+    softmax, whose memory grows with it. stop: an answer ends with the token that completes one of these texts.
+    disable_compile: of `Decoder`; None: compiled on a GPU where there may be COMPILED_FROM steps or more. An output
+    line is the row with its number as "row" and the answer under `field_name`. Returns this process's counts. Raises
+    DataError for a file or template that does no row any good.
     """
     total, rows = read_rows(source)
+    check_template(template, read_rows(source)[1])
     processes, rank, world = _processes(device)
     output = Output(target, rank=rank, world=world)
     with closing(output):
@@ -79,7 +81,7 @@ def process(folder, source, target, *, template: str = "{text}", chat: bool = Fa
         )  # fmt: skip
         if rank == 0 and decoder.compile_seconds is not None:
             print(f"the decode step was compiled in {decoder.compile_seconds:.0f} s")
-        work = _Work(model, decoder, before, prompts)
+        work = _Work(model, decoder, before, prompts, stop)
         done = sum(output.is_done(n) for n in range(rank, total, world))
         with tqdm(total=len(range(rank, total, world)), initial=done, unit="row", disable=rank > 0) as bar:
             counts = _answer(work, left(rows), output, bar, tokenizer, field_name)
@@ -89,6 +91,8 @@ def process(folder, source, target, *, template: str = "{text}", chat: bool = Fa
         output.finish()
         print(f"{counts['rows']:,} rows answered, {counts['errors']:,} errors, {counts['tokens_s']:,.0f} tokens/s; "
               f"{target}" + (f" (the first of {world} processes)" if world > 1 else ""))  # fmt: skip
+        if output.errors.exists():
+            print(f"rows that could not be answered, and why: {output.errors}")
     return {**counts, "resumed_at": output.start}
 
 
@@ -98,7 +102,8 @@ def _answer(work, left: Iterator, output: Output, bar, tokenizer, field_name: st
     for number, row, result in _in_order(work.run, left):
         if isinstance(result, LinearizeError):
             counts["errors"] += 1
-            output.write_error({"row": number, "error": str(result), "input": row})
+            given = row.line if isinstance(row, BrokenRow) else row
+            output.write_error({"row": number, "error": str(result), "input": given})
         else:
             counts["rows"] += 1
             counts["tokens"] += len(result)
@@ -145,8 +150,8 @@ def free_bytes(device: torch.device) -> int:
 class _Work:
     """The slots and what fills them."""
 
-    def __init__(self, model, decoder: Decoder, before: State | None, prompts: Prompts):
-        self.model, self.decoder, self.before, self.prompts = model, decoder, before, prompts
+    def __init__(self, model, decoder: Decoder, before: State | None, prompts: Prompts, stop: Sequence[str]):
+        self.model, self.decoder, self.before, self.prompts, self.stop = model, decoder, before, prompts, stop
         self.max_new_tokens, self.ends = prompts.max_new_tokens, set(decoder.ends.tolist())
         self.slots: list[_Slot | None] = [None] * len(decoder.token)
         self.shared, self.after_shared = [], None  # token ids after `before` that prompts begin with
@@ -208,10 +213,15 @@ class _Work:
 
     def _add(self, index: int, tokens) -> Iterator:
         """Adds new tokens to a slot's answer; yields it, and frees the slot, where it has ended."""
-        slot = self.slots[index]
+        slot, tokenizer = self.slots[index], self.prompts.tokenizer
+        stops = has_stop(slot.answer + tokens, self.stop, tokenizer, new=len(tokens))  # one look for all of them
         for token in tokens:
             slot.answer.append(token)
-            if token in self.ends or len(slot.answer) >= self.max_new_tokens:
+            if (
+                token in self.ends
+                or len(slot.answer) >= self.max_new_tokens
+                or (stops and has_stop(slot.answer, self.stop, tokenizer))
+            ):
                 self.slots[index] = None
                 yield slot.number, slot.row, slot.answer
                 return

@@ -9,13 +9,23 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sized
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import DataError
+from .whole_folder import check_folder_of
+
+
+@dataclass(frozen=True)
+class BrokenRow:
+    """A line that is no JSON, and why."""
+
+    line: str
+    reason: str
 
 
 def read_rows(source) -> tuple[int, Iterator]:
-    """(number of rows, the rows in order); a line that is no JSON object comes as the text that says so."""
+    """(number of rows, the rows in order); a line that is no JSON comes as a BrokenRow. Raises DataError."""
     path = Path(source)
     if path.suffix in (".jsonl", ".json") and path.is_file():
         with path.open("rb") as file:
@@ -27,6 +37,9 @@ def read_rows(source) -> tuple[int, Iterator]:
         rows = datasets.Dataset.from_parquet(str(path))
     elif (path / "dataset_info.json").is_file():
         rows = datasets.load_from_disk(str(path))
+    elif (path / "dataset_dict.json").is_file():
+        splits = ", ".join(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
+        raise DataError(f"{source} holds several splits: give the folder of one, {source}/NAME, of {splits}")
     if rows is None:
         raise DataError(f"{source}: no such .jsonl or .parquet file, nor a folder made by Dataset.save_to_disk")
     return len(rows), iter(rows)
@@ -35,13 +48,11 @@ def read_rows(source) -> tuple[int, Iterator]:
 def _json_lines(path: Path) -> Iterator:
     with path.open("rb") as file:
         for line in file:
-            if not line.strip():
-                yield "an empty line"
-                continue
             try:
                 yield json.loads(line)
             except ValueError as error:  # bad JSON or bad UTF-8
-                yield f"not JSON: {error}"
+                reason = f"not JSON: {error}" if line.strip() else "an empty line"
+                yield BrokenRow(line.decode("utf-8", "backslashreplace").rstrip("\r\n"), reason)
 
 
 class Output:
@@ -54,6 +65,7 @@ class Output:
     def __init__(self, target, *, rank: int = 0, world: int = 1):
         self.target, self.errors = Path(target), Path(f"{target}.errors.jsonl")
         self.parts = Path(f"{target}.parts")
+        check_folder_of(self.target)
         good, bad = ([row for row, *_ in _whole_lines(path)] for path in (self.target, self.errors))
         self.start = len(good) + len(bad)
         if sorted(good + bad) != list(range(self.start)) or sorted(good) != good:

@@ -1,11 +1,14 @@
 """The prompts of `linearize process`: a row's columns through the template, as token ids that fit."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from string import Formatter
 
 from tqdm import tqdm
 
 from .errors import DataError
+from .process_files import BrokenRow
 from .state import State
 
 
@@ -26,13 +29,7 @@ class Prompts:
 
     def tokens(self, row) -> list[int]:
         """The token ids of a row's prompt. Raises DataError for a row that makes none, or too many."""
-        if not isinstance(row, dict):
-            raise DataError(str(row) if isinstance(row, str) else f"not an object but a {type(row).__name__}")
-        try:
-            prompt = self.template.format_map(row)
-        except (KeyError, IndexError, AttributeError, ValueError) as error:
-            columns = ", ".join(map(str, row))
-            raise DataError(f"the template asks for {error}; the row's columns are {columns}") from error
+        prompt = fill(self.template, row)
         if self.chat:
             message = [{"role": "user", "content": prompt}]
             ids = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True).input_ids
@@ -65,3 +62,41 @@ class Prompts:
             except DataError:
                 continue  # it is reported when its turn comes
         return longest
+
+
+def columns_of(template: str) -> list[str]:
+    """The columns that a template names. Raises DataError for one that is none."""
+    try:
+        return [re.split(r"[.\[]", name)[0] for _, name, *_ in Formatter().parse(template) if name]
+    except ValueError as error:
+        raise DataError(f"the template {template!r} is none: {error}. {{{{ and }}}} stand for braces.") from error
+
+
+def fill(template: str, row) -> str:
+    """The template with a row's columns. Raises DataError for a row that lacks one, or is none."""
+    if isinstance(row, BrokenRow):
+        raise DataError(row.reason)
+    if not isinstance(row, dict):
+        raise DataError(f"not an object but a {type(row).__name__}")
+    if null := [name for name in columns_of(template) if name in row and row[name] is None]:
+        raise DataError(f"the column {null[0]!r} is null")
+    try:
+        return template.format_map(row)
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+        columns = ", ".join(map(str, row))
+        raise DataError(f"the template asks for {error}; the row's columns are {columns}") from error
+
+
+def check_template(template: str, rows: Iterable) -> None:
+    """Raises DataError for a template that is none, or that fits no row; reads rows up to the first that it fits."""
+    columns_of(template)
+    first = None
+    for row in rows:
+        try:
+            fill(template, row)
+        except DataError as error:
+            first = first or error
+        else:
+            return
+    if first is not None:
+        raise DataError(f"the template fits no row, so nothing was done. The first row: {first}. See --template.")

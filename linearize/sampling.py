@@ -101,7 +101,6 @@ class Sampler:
         for filter_scores in self.filters:
             scores = filter_scores(None, scores)
         tokens = scores.argmax(-1) if self.sampling.temperature == 0 else self._draw(scores.softmax(-1), rows)
-        put(self.counts, rows, take(self.counts, rows) + 1)
         if self.seen is not None:
             self.seen.index_put_((take(self.rows, rows), tokens), self.true)
         return tokens
@@ -110,6 +109,7 @@ class Sampler:
         """The first token whose running sum passes the row's number."""
         sums = probabilities.cumsum(-1)
         draw = uniform(take(self.seeds, rows), take(self.counts, rows))
+        put(self.counts, rows, take(self.counts, rows) + 1)
         passed = (sums > draw[:, None] * sums[:, -1:]) & (probabilities > 0)
         return passed.int().argmax(-1)
 

@@ -244,7 +244,8 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 def _check(path, metadata, model, tokenizer) -> None:
     if metadata.get("format") != FORMAT:
-        raise StateError(f"{path} is not a saved state of this version ({FORMAT}), but {metadata.get('format')!r}")
+        found = metadata.get("format")
+        raise StateError(f"{path} is not a saved state of this version ({FORMAT}), but {found!r}; read the text again")
     if metadata["model"] != fingerprint(model):
         raise StateError(
             f"{path} was saved by another model (other weights or config). Load the model that read the text, "

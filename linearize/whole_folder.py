@@ -1,10 +1,12 @@
-"""Folders that are there wholly or not at all."""
+"""Folders that are there wholly or not at all, and those that a file needs."""
 
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from .errors import LinearizeError
 
 
 def create_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -21,3 +23,9 @@ def create_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             # Another process was faster, and made the same.
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_folder_of(file: str | Path) -> None:
+    """Raises LinearizeError where the folder of a file to be written is missing: now, not after hours of work."""
+    if not Path(file).parent.is_dir():
+        raise LinearizeError(f"{file}: there is no folder {Path(file).parent}; create it first")

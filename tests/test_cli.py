@@ -101,6 +101,10 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"linearize {__version__}\n"
 
 
+SAMPLING = ["--max-new-tokens", "--temperature", "--top-p", "--seed", "--top-k", "--min-p", "--repetition-penalty"]
+SAMPLING += ["--stop"]
+
+
 def test_options_are_frozen():
     """A setting of the recipe never becomes an option: --set reaches all of them."""
     options = {}
@@ -118,21 +122,7 @@ def test_options_are_frozen():
         "convert": ["--set", "--dry-run", "--force"],
         "rank-layers": ["--set", "--force"],
         "sweep": ["--set", "--grid", "--keep-models"],
-        "generate": [
-            "--prompt",
-            "--chat",
-            "--device",
-            "--max-new-tokens",
-            "--temperature",
-            "--top-p",
-            "--seed",
-            "--top-k",
-            "--min-p",
-            "--repetition-penalty",
-            "--stop",
-            "--save-state",
-            "--state",
-        ],
+        "generate": ["--prompt", "--chat", "--device", *SAMPLING, "--save-state", "--state"],
         "eval": [
             "--tasks",
             "--include-path",
@@ -144,7 +134,7 @@ def test_options_are_frozen():
         ]
         + ["--dtype"],
         "process": ["--template", "--chat", "--prefix", "--batch", "--device"]
-        + ["--max-new-tokens", "--max-length", "--temperature", "--seed", "--disable-compile"],
+        + ["--max-length", "--disable-compile", *SAMPLING],
         "bench": [],
         "bench kernels": [],
         "bench generation": ["--against", "--shape", "--window", "--map-dim", "--prompts", "--new", "--batches"]

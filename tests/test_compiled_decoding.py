@@ -12,11 +12,12 @@ from torch._inductor.utils import run_and_get_code
 from transformers import GenerationConfig
 
 from linearize import graph_cache, linearized_cache
-from linearize.decoding import Decoder
+from linearize.decoding import Decoder, settle
 from linearize.errors import LinearizeError
 from linearize.static_cache import StaticError, StaticLinearLayer, StaticSoftmaxLayer
 
 NEW, IDS = 4, make_tokens(1, 13)
+CALL = r"^ +cpp_fused\w+\("  # of a kernel
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what a GPU adds is in test_decoding.py")
 
 
@@ -38,10 +39,10 @@ def decode(decoder):
 
 @pytest.fixture(scope="module")
 def compiled():
-    """(model, its decoder, the code that torch.compile made of its step)."""
+    """(model, its decoder, the code that torch.compile made of its step: of the model, of what ends rows)."""
     model = make()
     decoder, code = run_and_get_code(lambda: Decoder(model, batch=1, mode="static", disable_compile=False))
-    return model, decoder, "".join(code)
+    return model, decoder, code
 
 
 def test_tokens_and_logits_are_those_of_the_step_as_it_is(compiled):
@@ -59,14 +60,29 @@ def test_tokens_and_logits_are_those_of_the_step_as_it_is(compiled):
 
 
 def test_memory_is_changed_in_place_by_few_kernels(compiled):
-    _, _, code = compiled
+    _, _, (code, ends) = compiled
     (call,) = re.findall(r"= torch\.ops\.linearize\.decode\.default\((.*)\)", code)
     # the seven tensors of a state that change, its offset and the decay: as they came in
     assert len(re.findall(r"\barg\d+_1", call)) == 9, call
-    fused = re.findall(r"^ +cpp_fused\w+\(", code, re.MULTILINE)
+    fused = re.findall(CALL, code, re.MULTILINE)
     products, maps = (len(re.findall(name, code)) for name in (r"extern_kernels\.mm\(", r"map_heads\.default\("))
     assert (products, maps) == (5, 1), "q, k and v as one; what attention gives; gate and up as one; down; the head"
     assert len(fused) <= 6, "two norms, rotary of q and of k, the product of the MLP; the last norm"
+    assert len(re.findall(CALL, ends, re.MULTILINE)) == 1 and "empty_strided" not in ends.partition("def call(")[2]
+
+
+@pytest.mark.parametrize("ends", [[], [7, 8]])
+def test_what_ends_rows_is_as_uncompiled(ends):
+    """Rows that end by a token, by their length, twice, not yet, and that have ended."""
+    picked = torch.tensor([7, 3, 8, 3, 3])
+    last, pad = torch.tensor([99, 6, 6, 99, 99]), torch.tensor(1)
+    found = []
+    for function in (settle, torch.compile(settle, fullgraph=True, dynamic=False)):
+        rows = torch.zeros(5, dtype=torch.long), torch.full((5,), 5), torch.arange(5) == 4
+        function(picked, *rows, last, torch.tensor(ends, dtype=torch.long), pad)
+        found.append([x.tolist() for x in rows])
+    by_token = bool(ends)
+    assert found[0] == found[1] == [[7, 3, 8, 3, 1], [6, 6, 6, 6, 5], [by_token, True, True, False, True]]
 
 
 def test_slots_of_softmax_are_not_copied():

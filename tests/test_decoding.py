@@ -122,6 +122,16 @@ def test_one_decoder_serves_one_prompt_after_another():
         assert torch.equal(tokens, expected(model, ids, torch.ones_like(ids)))
 
 
+def test_samples_are_the_same_in_static_state():
+    sampling = Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.3, seed=[5, 2])
+    model, (ids, mask) = make(), (x[:2] for x in batch())
+    eager, static, greedy = (
+        generate(model, ids, mask, max_new_tokens=NEW, mode=mode, sampling=how)
+        for mode, how in (("eager", sampling), ("static", sampling), ("eager", None))
+    )
+    assert torch.equal(static, eager) and not torch.equal(eager, greedy)
+
+
 @pytest.mark.parametrize("name", ["a teacher", "heads"])
 def test_one_text_in_every_row_is_loaded_without_a_copy_of_each(name, monkeypatch):
     """From one row: the same memory as from as many copies."""

@@ -105,6 +105,14 @@ def test_a_text_is_read_once_and_questioned_often(folder, tmp_path, capsys):
     assert "more.state: 69 tokens" in capsys.readouterr().out
     assert "the state of one text" in refused(capsys, "generate", folder, "-p", "a", "-p", "b", "--save-state", "x")
     assert "is not a saved state" in refused(capsys, "generate", folder, "-p", "a", "--state", tmp_path / "none")
+    missing = tmp_path / "none" / "a.state"
+    assert "create it first" in refused(capsys, "generate", tmp_path, "-p", "a", "--save-state", missing), "at once"
+
+
+def test_a_text_longer_than_the_models_positions_is_told(folder, capsys):
+    run = lambda text: cli.main(["generate", str(folder), "-p", text, "--max-new-tokens", "3", "--device", "cpu"])  # noqa: E731
+    assert run("a" * 509) == 0 and "warning" not in capsys.readouterr().err
+    assert run("a" * 510) == 0 and "510 tokens and 3 new ones are more than the 512" in capsys.readouterr().err
 
 
 def test_a_text_that_follows_another_begins_without_a_special_token():

@@ -57,6 +57,25 @@ def test_every_side_prompt_and_batch_is_measured(folder, teacher, tmp_path, caps
     assert held["teacher-static", 16] == token * generation_measure.SLOTS
     assert "Converted over teacher" in printed and printed.count("each at its best") == 2
     assert (tmp_path / "run.png").stat().st_size > 10000
+    ratios = list(csv.DictReader((tmp_path / "run.ratios.csv").open()))
+    assert [(r["prompt"], r["at"]) for r in ratios] == [
+        (p, at) for p in ("16", "32") for at in ("batch 1", "batch 2", "each at its best")
+    ]
+    decode = {(r["side"], r["prompt"], r["batch"]): float(r["decode_tokens_s"]) for r in rows}
+    for r in ratios[:2]:
+        sides = decode["converted", "16", r["batch"]], decode[r["teacher"], "16", r["batch"]]
+        assert float(r["decode_tokens_s_ratio"]) == pytest.approx(sides[0] / sides[1]) and float(r["bytes_a_row_ratio"])
+
+
+def test_an_empty_prompt(folder, teacher, tmp_path):
+    results = bench.bench_generation(
+        folder, against=teacher, cells=[(0, 2)], new=9, dtype="float32", device="cpu", own_process=False,
+        output=tmp_path / "run",
+    )  # fmt: skip
+    for r in results:
+        assert r.prefill_tokens_s is None and r.total_tokens_s == pytest.approx(r.decode_tokens_s) and r.steps == 8
+    made_up = generation_measure.Cell("converted", 0, 9, 2, made_up=True)
+    assert generation_measure.measure(load_any(folder, device="cpu")[0], made_up, 1e9).decode_ms > 0
 
 
 def test_a_cell_in_a_process_of_its_own(folder, capsys, tmp_path):
@@ -208,13 +227,15 @@ def test_what_is_refused(folder, capsys):
         ((folder, "--new", 1), "at least 2"),
         ((folder, "--batches", "max", "--prompts", "8"), "found on a GPU"),
         (("--shape", "gpt-9"), "choose from llama-3.1-8b"),
+        ((folder, "--output", "none/run"), "create it first"),
     ):
         assert run(*words) == 2
         assert said in capsys.readouterr().err
-    for pairs in ("1k", "max:1", "1:2:3"):
+    assert cli._pairs("0:128,8k:max") == [(0, 128), (8192, "max")]
+    for pairs, said in (*((x, "prompt:batch pairs") for x in ("1k", "max:1", "1:2:3")), ("1k:0", "at least 1, is '0'")):
         with pytest.raises(SystemExit):
             run(folder, "--cells", pairs)
-        assert "must be prompt:batch pairs" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
 
 
 def test_bench_kernels_passes_its_arguments_through(monkeypatch):

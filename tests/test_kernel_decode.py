@@ -3,6 +3,9 @@
 Without a GPU it runs in Triton's interpreter (see conftest.py), in float32.
 """
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from decode_inputs import DEVICE, make, part, prefilled
@@ -179,3 +182,24 @@ def test_can_decode_trusts_the_kernels_here(shape, batch):
     state = State.empty(k, k, k_far, num_features=153, sinks=4, ring=63)
     verdict = can_decode(decode_module.DecodeState.from_state(state, window=64), heads=heads)
     assert verdict, verdict.reason
+
+
+def test_a_launch_of_many_rows_and_heads_is_within_what_a_gpu_takes(monkeypatch):
+    """65,535 programs along the second and third dimension: 2,600 rows of 32 kv heads are more than that."""
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(decode_module.kernels, "decode_kernel", Kernel())
+    inputs, options, valid = make(prompt=0, tokens=1, groups=2)
+    few = prefilled(inputs, options, valid, 0)
+    wide = {name: x[:1, :1].expand(2600, 32, *x.shape[2:]) for name, x in inputs.items()}
+    tensors = {n: getattr(few, n) for n in ("total", "norm", "keys", "values", "ring_far", "ring_kind", "position")}
+    tensors = {n: x[:1, :1].expand(2600, 32, *x.shape[2:]) for n, x in tensors.items()}
+    many = replace(few, **tensors, offset=few.offset[:1].expand(2600))
+    decode_module.launch_decode(*wide.values(), many, 1.0, None, torch.empty_like(wide["v"]))
+    (grid,) = grids
+    assert math.prod(grid) == 2600 * 32 * few.position.shape[2] and max(grid[1:]) <= 65535

@@ -11,11 +11,12 @@ from test_export import CHAT, make_tokenizer, save_model
 from linearize import cli, process_files
 from linearize import process as process_module
 from linearize.architecture import linearize_
-from linearize.errors import DataError
+from linearize.errors import DataError, LinearizeError
 from linearize.export import export
 from linearize.generation import generate_text
 from linearize.loading import load_any
 from linearize.process import process
+from linearize.process_prompts import fill
 from linearize.recipe import AttentionSettings, FeatureMapSettings, KeepSoftmaxSettings
 from linearize.sampling import Sampling
 from linearize.state import read
@@ -79,7 +80,7 @@ def test_a_common_prefix_is_read_once(folder, tmp_path):
     assert lines(tmp_path / "out.jsonl") == lines(tmp_path / "whole.jsonl")
 
 
-def test_bad_rows_go_to_the_errors_and_nothing_else_is_lost(folder, tmp_path):
+def test_bad_rows_go_to_the_errors_and_nothing_else_is_lost(folder, tmp_path, capsys):
     bad = ["{broken", "[1]", {"other": 1}, {"text": "king " * 200}, ""]
     source = write(tmp_path / "in.jsonl", [{"text": "the old"}, *bad, {"text": "so"}])
     counts = run(folder, source, tmp_path / "out.jsonl")
@@ -87,10 +88,45 @@ def test_bad_rows_go_to_the_errors_and_nothing_else_is_lost(folder, tmp_path):
     errors = lines(tmp_path / "out.jsonl.errors.jsonl")
     assert [e["row"] for e in errors] == [1, 2, 3, 4, 5]
     reasons = ("not JSON", "not an object", "columns are other", "positions", "empty line")
-    for error, said in zip(errors, reasons, strict=True):
-        assert said in error["error"]
+    for error, said, given in zip(errors, reasons, bad, strict=True):
+        assert said in error["error"] and error["input"] == (json.loads(given) if given == "[1]" else given)
+    assert str(tmp_path / "out.jsonl.errors.jsonl") in capsys.readouterr().out
     source = write(tmp_path / "in2.jsonl", [{"text": ""}, {"text": "so"}])
     assert run(folder, source, tmp_path / "out2.jsonl", template="{text}")["errors"] == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "said"),
+    [
+        ("{text}", '"so"', "not an object but a str"),
+        ("{text}", {"text": None}, "the column 'text' is null"),
+        ("{text} {of.name}", {"text": "so", "of": None}, "the column 'of' is null"),
+        ("{text[a]}", {"text": "so"}, "asks for string indices must be integers"),
+        ("{text:d}", {"text": "so"}, "asks for Unknown format code"),
+        ("{} {text}", {"text": "so"}, "positional"),
+    ],
+)
+def test_a_row_that_makes_no_prompt(template, row, said):
+    row = json.loads(row) if isinstance(row, str) else row
+    with pytest.raises(DataError, match=said):
+        fill(template, row)
+    good = {"text": "so", "of": {"name": "x"}}
+    assert fill("{text} {of[name]} {{}}", good) == "so x {}"
+
+
+def test_what_fits_no_row_is_refused_before_anything_is_written(folder, tmp_path):
+    """Rows that are errors count as done: the same command with a right template would not take them up again."""
+    target = tmp_path / "out.jsonl"
+    source = write(tmp_path / "in.jsonl", ["{broken", {"text": "so"}])
+    for template, said in (("{review}", "fits no row.*not JSON"), ("{text", "expected '}' before end of string")):
+        with pytest.raises(DataError, match=said):
+            run(folder, source, target, template=template)
+        assert not target.exists()
+    with pytest.raises(LinearizeError, match="no folder .*; create it first"):
+        run(folder, source, tmp_path / "none" / "out.jsonl")
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["so"]})}).save_to_disk(str(tmp_path / "all"))
+    with pytest.raises(DataError, match="several splits.*of train"):
+        run(folder, tmp_path / "all", target)
 
 
 def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(folder, tmp_path, monkeypatch):
@@ -139,6 +175,25 @@ def test_other_sources_and_the_command_line(folder, tmp_path):
         assert cli.main([*map(str, words), "--max-new-tokens", "6"]) == 0
         found.append(lines(target))
     assert found[0] == found[1] == found[2] and len(found[0]) == 2
+
+
+def test_an_answer_ends_with_a_stop_text(folder, tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS])
+    run(folder, source, tmp_path / "whole.jsonl")
+    whole = [r["output"] for r in lines(tmp_path / "whole.jsonl")]
+    stop = max(whole, key=len)[2:4]  # early in what is decoded between two looks
+    run(folder, source, tmp_path / "out.jsonl", stop=[stop])
+    expected = [text[: text.index(stop) + 2] if stop in text else text for text in whole]
+    assert [r["output"] for r in lines(tmp_path / "out.jsonl")] == expected != whole
+
+
+def test_every_option_of_sampling_reaches_the_rows(folder, tmp_path, monkeypatch):
+    given, make = [], process_module.Decoder
+    monkeypatch.setattr(process_module, "Decoder", lambda *a, **k: given.append(k["sampling"]) or make(*a, **k))
+    words = ["process", folder, write(tmp_path / "in.jsonl", [{"text": "so"}]), tmp_path / "out.jsonl", "--top-k", 9]
+    words += "--temperature 0.5 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --seed 3 --stop a".split()
+    assert cli.main([*map(str, words), "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    assert given == [Sampling(0.5, 9, 0.9, 0.1, 1.2, 3)]
 
 
 def test_what_is_refused(folder, tmp_path):

@@ -35,6 +35,8 @@ def test_every_way_at_every_prompt(words, capsys):
     assert printed.count("teacher + converted as draft") == printed.count("converted + prompt lookup") == 2
     assert cli.main([*words, "--prompts", "9k"]) == 2
     assert "a prompt of 9,216 needs as many" in capsys.readouterr().err
+    assert cli.main([*words, "--text", "none.txt"]) == 2
+    assert "--text none.txt cannot be read" in capsys.readouterr().err
 
 
 def test_other_tokens_than_plain_ones_are_refused(words, monkeypatch, capsys):

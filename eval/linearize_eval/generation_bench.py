@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from linearize.errors import LinearizeError
+from linearize.whole_folder import check_folder_of
 
 from .generation_measure import Cell, Result, copy_rate, free_memory, largest_batch, measure, rounded_down
 from .generation_models import SHAPES, load_side
@@ -35,12 +36,14 @@ def bench_generation(folder=None, *, against=None, shape=None, prompts=(128, 102
     batches: numbers, and "max" for the largest that fits. cells: pairs (prompt, batch) instead of all. steps: how many
     of the new tokens' steps are timed, from their middle; None: all. made_up: decode from random memory, nothing is
     read. disable_compile: of `linearize.Decoder`. profile: print the kernels of a step, too. output: path without
-    suffix for a CSV file, written line by line, and a PNG. window, map_dim: of a shape; None: the recipes' default.
-    own_process: a process a cell; None: on a CPU.
+    suffix for a CSV file, written line by line, one of the ratios, and a PNG. window, map_dim: of a shape; None: the
+    recipes' default. own_process: a process a cell; None: on a CPU.
     """
     from linearize.loading import pick_device
 
     sides = _checked(folder, against, shape, new, sides)
+    if output:
+        check_folder_of(output)
     device = pick_device(device)
     rate = copy_rate(device)
     free_memory()
@@ -66,6 +69,8 @@ def bench_generation(folder=None, *, against=None, shape=None, prompts=(128, 102
             _measure_side([cell for cell in cells if cell.side.startswith(kind)], kind, options, rate, done)
     if ratios := compare(results):
         _print_ratios(ratios)
+        if output:
+            _write_ratios(ratios, f"{output}.ratios.csv")
     if output:
         from .generation_chart import draw_generation
 
@@ -179,6 +184,17 @@ def compare(results) -> list[tuple]:
 
 def _fastest(results) -> Result:
     return max(results, key=lambda r: r.decode_tokens_s)
+
+
+def _write_ratios(rows, path) -> None:
+    names = ("decode_tokens_s", "total_tokens_s", "bytes_a_row")
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "at", "batch", "teacher_batch", "teacher", *(f"{name}_ratio" for name in names)])
+        for prompt, what, ours, theirs, _ in rows:
+            pairs = [(getattr(ours, name), getattr(theirs, name)) for name in names]
+            ratios = [mine / other if mine and other else "" for mine, other in pairs]
+            writer.writerow([prompt, what, ours.batch, theirs.batch, theirs.side, *ratios])
 
 
 def _print_ratios(rows) -> None:

@@ -22,7 +22,7 @@ def draw_generation(results, path, *, title: str) -> None:
             points = []
             for prompt in sorted({r.prompt for r in measured if r.side == side}):
                 cell = choose((r for r in measured if r.side == side and r.prompt == prompt), key=lambda r: r.batch)
-                points.append((prompt, cell.decode_tokens_s, cell.batch))
+                points.append((max(1, prompt), cell.decode_tokens_s, cell.batch))
             xs, ys, _ = zip(*points, strict=True)
             axes.plot(xs, ys, color=colour, linestyle=line, marker="o", label=side)
             for x, y, batch in points:

@@ -39,7 +39,7 @@ class Cell:
     """What to measure."""
 
     side: str  # converted, teacher-static or teacher-dynamic
-    prompt: int
+    prompt: int  # tokens; 0: one, with which every text begins
     new: int
     batch: int
     steps: int | None = None  # steps timed, in the middle of the new tokens; None: all
@@ -76,18 +76,19 @@ def measure(model, cell: Cell, rate: float) -> Result:
     skipped = (cell.new - 1 - steps) // 2 // SLOTS * SLOTS  # the timed steps stand in the middle of all, nearly
     result = Result(cell.side, cell.prompt, cell.new, cell.batch, steps)
     reset_peak(model.device)
-    start = time.perf_counter()
+    start, length = time.perf_counter(), max(1, cell.prompt + skipped)
     if cell.made_up:
-        state = made_up_state(model, cell.prompt + skipped)
+        state = made_up_state(model, length)
     else:
-        ids = _tokens(model, 1, cell.prompt + skipped)
+        ids = _tokens(model, 1, length)
         state, seconds = _timed(model, lambda: _read(model, ids))
-        result.prefill_tokens_s = _prefill_rate(model, cell) if cuda else ids.numel() / seconds
+        if cell.prompt:
+            result.prefill_tokens_s = _prefill_rate(model, cell) if cuda else ids.numel() / seconds
     if cuda:
         free_memory()
         torch.cuda.reset_peak_memory_stats()
     profiled = PROFILED * cell.profile
-    length = -(-(cell.prompt + skipped + steps + WARMUP + profiled + 1) // SLOTS) * SLOTS
+    length = -(-(length + steps + WARMUP + profiled + 1) // SLOTS) * SLOTS
     words, context = "", nullcontext()
     if cuda and not is_converted(model):
         from .softmax_choice import use_fastest
@@ -116,8 +117,9 @@ def _fill_in(result: Result, model, cache, step_seconds: float, skipped: int, ra
     batch, new = result.batch, result.new
     result.bytes_a_row = cache_bytes(cache) // batch
     result.decode_ms, result.decode_tokens_s = 1e3 * step_seconds, batch / step_seconds
-    if result.prefill_tokens_s:
-        result.total_tokens_s = batch * new / (step_seconds * new + batch * result.prompt / result.prefill_tokens_s)
+    if result.prefill_tokens_s or not result.prompt:
+        prefill = batch * result.prompt / result.prefill_tokens_s if result.prompt else 0.0
+        result.total_tokens_s = batch * new / (step_seconds * new + prefill)
     moved = bytes_read(cache, result.prompt + skipped + WARMUP + result.steps / 2)  # at the mean length of these steps
     result.roofline_percent = 100 * (weight_bytes(model) + moved) / rate / step_seconds
     if model.device.type == "cuda":

@@ -36,12 +36,16 @@ def bench_speculative(folder, *, against=None, text, prompts=(256, 1024), new=12
     """Decodes after the first tokens of `text`, with and without drafts; prints a table and returns its rows.
 
     Raises LinearizeError where assisted tokens differ from plain ones (in bfloat16 near ties may), DataError where
-    the text is shorter than a prompt.
+    the text is no text, or shorter than a prompt.
     """
     from linearize.loading import load, load_any
 
+    try:
+        words = Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--text {text} cannot be read: {error}; give a plain text file") from error
     model, tokenizer = load(folder, dtype=dtype, device=device)
-    ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt").input_ids.to(model.device)
+    ids = tokenizer(words, return_tensors="pt").input_ids.to(model.device)
     if ids.shape[1] < max(prompts):
         raise DataError(f"{text} has {ids.shape[1]:,} tokens; a prompt of {max(prompts):,} needs as many")
     ways = [(model, "converted", {}), (model, "converted + prompt lookup", dict(prompt_lookup_num_tokens=lookup))]

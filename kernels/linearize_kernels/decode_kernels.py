@@ -106,7 +106,7 @@ def _fold(
 def decode_kernel(
     q, k, v, q_far, k_far, gate, log_decay, out,
     total, norm, keys, values, ring_far, ring_kind, position, offset,
-    q_b, q_h, k_b, k_h, v_b, v_h, qf_b, qf_h, kf_b, kf_h, g_b, g_h, o_b, o_h, groups, scale,
+    q_b, q_h, k_b, k_h, v_b, v_h, qf_b, qf_h, kf_b, kf_h, g_b, g_h, o_b, o_h, scale,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr,
     HP: tl.constexpr, NP: tl.constexpr, VB: tl.constexpr, RB: tl.constexpr, FB: tl.constexpr, UNROLL: tl.constexpr,
@@ -120,8 +120,8 @@ def decode_kernel(
     RING: tl.constexpr = WINDOW + FOLD - 1
     NUM_FEATURES: tl.constexpr = 1 + DIM + DIM * (DIM + 1) // 2
     split, num_splits = tl.program_id(0), tl.num_programs(0)
-    bg = tl.program_id(1).to(tl.int64)
-    b, g = bg // groups, bg % groups
+    g, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    bg = b * tl.num_programs(1) + g
     own = bg * num_splits + split  # this program's counter and normaliser
     total += bg * NUM_FEATURES * V
     norm += own * NUM_FEATURES
