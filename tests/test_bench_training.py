@@ -62,7 +62,7 @@ def test_a_profile_shows_operators_of_two_more_steps(capsys):
 
 def test_the_command_measures_every_combination(monkeypatch, capsys, tmp_path):
     def measured(stage, name, config, *, batch, length, compile, **options):
-        assert options == dict(steps=10, documents=1, profile=False) and config.head_dim == 64
+        assert options == dict(steps=10, documents=1, by_text=None, profile=False) and config.head_dim == 64
         if batch == 8:
             raise torch.OutOfMemoryError
         return Speed(stage, name, batch, length, 1, compile, 1000.0, 2.0, 3.0, 0.5, 0.25)

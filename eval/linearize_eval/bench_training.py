@@ -1,7 +1,7 @@
 """Speed and memory of matching and finetuning on models of random weights, with and without torch.compile.
 
     python -m linearize_eval.bench_training [--stages match,finetune] [--shapes 135m,1b] [--batches 4,16,64]
-        [--length 2048] [--compile no,yes] [--profile] [--csv FILE]
+        [--length 2048] [--compile no,yes] [--by-text yes] [--profile] [--csv FILE]
 
 It runs `linearize.train.train` with a stage, as a conversion does: a whole step reads its batch, runs the bfloat16
 model forward and backward (in matching each layer's inside the teacher's forward; in finetuning LoRA of rank 32 on all
@@ -54,6 +54,7 @@ SHAPES = {  # of SmolLM2-135M and Llama-3.2-1B
 }  # fmt: skip
 NEVER = 10**9
 STAGES = ("match", "finetune")
+BY_TEXT = {"auto": None, "yes": True, "no": False}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = AttentionSettings(window=64, feature_map=FeatureMapSettings(dim=16))  # which the CUDA kernels take, too
 
@@ -75,11 +76,12 @@ class Speed(NamedTuple):
 
 
 def measure_training(stage: str, name: str, config: LlamaConfig, *, batch: int, length: int, steps: int = 10,
-                     skip: int = 3, documents: int = 1, compile: bool = False, profile: bool = False,
-                     device: str = "cuda") -> Speed:  # fmt: skip
+                     skip: int = 3, documents: int = 1, compile: bool = False, by_text: bool | None = None,
+                     profile: bool = False, device: str = "cuda") -> Speed:  # fmt: skip
     """Trains a random bfloat16 model of this config for `steps` steps; figures are of those after `skip`.
 
-    stage: one of STAGES. profile: prints where the time of two more steps goes. Raises ValueError where no step counts.
+    stage: one of STAGES. by_text: `run.softmax_by_text`. profile: prints where the time of two more steps goes. Raises
+    ValueError where no step counts.
     """
     if not 0 <= skip < steps:
         raise ValueError(f"{steps} steps, of which {skip} are not counted: none is left")
@@ -98,7 +100,9 @@ def measure_training(stage: str, name: str, config: LlamaConfig, *, batch: int, 
         with fused_norms(made.model):
             train(
                 made, data, settings, accelerator=Accelerator(cpu=device == "cpu"), folder=Path(folder), log=log,
-                run=RunSettings(micro_batch=batch, checkpoint_every=NEVER, compile=compile),
+                run=RunSettings(
+                    micro_batch=batch, checkpoint_every=NEVER, compile=compile, softmax_by_text=by_text
+                ),
             )  # fmt: skip
         log.close()
         records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -156,7 +160,10 @@ def main(arguments=None) -> list[Speed]:
 def _measure(cell, choice) -> Speed:
     stage, shape, batch, compile = cell
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=max(8192, choice.length))
-    options = dict(steps=choice.steps, documents=choice.documents, compile=compile == "yes", profile=choice.profile)
+    options = dict(
+        steps=choice.steps, documents=choice.documents, compile=compile == "yes", profile=choice.profile,
+        by_text=BY_TEXT[choice.by_text],
+    )  # fmt: skip
     try:
         row = measure_training(stage, shape, config, batch=batch, length=choice.length, **options)
     except torch.OutOfMemoryError:
@@ -185,6 +192,7 @@ def _parse(arguments):
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--documents", type=int, default=1, help="documents packed in a sequence")
     parser.add_argument("--compile", type=_some_of(("no", "yes")), default=["no", "yes"], help="no, yes or both")
+    parser.add_argument("--by-text", choices=list(BY_TEXT), default="auto", help="softmax of packed rows text by text")
     parser.add_argument("--steps", type=int, default=10, help="steps of a run; three are not counted")
     parser.add_argument("--profile", action="store_true", help="print the kernels that take most of the GPU's time")
     parser.add_argument("--csv", help="also write the table here")
