@@ -120,6 +120,7 @@ def test_places_are_enough_for_what_rows_hold_and_no_more_than_they_can():
     model = convert(make_model())
     one_each, alike = rows_of(*[LENGTH] * 9), rows_of(*[8] * 30)
     assert by_text_of(model, one_each).most(4) == 4 and by_text_of(model, alike).most(4) == 12
+    assert by_text_of(model, rows_of(*[LENGTH, 8, 8, 8] * 9)).most(1) == 3  # which is the mean and one deviation
     uneven = rows_of(*[LENGTH] * 200, *[1] * LENGTH)  # one row of 201 holds 24 texts
     assert by_text_of(model, uneven).most(1) < 24 and by_text_of(model, uneven).most(100) < 300
     random = make_data(num_train=400).train
@@ -326,11 +327,15 @@ def test_padding_is_refused():
         model(tokens, attention_mask=torch.ones_like(tokens), text_bounds=bounds, use_cache=False)
 
 
-def test_heads_are_multiplied_in_the_dtype_of_autocast_as_with_a_mask():
-    attention, seen = ALL_ATTENTION_FUNCTIONS[REFERENCE], torch.randn(1, 2, 4, 8)
+def test_heads_come_in_the_dtype_of_autocast_as_with_a_mask():
+    def attend(query, key, value, bounds, *, longest, scale):
+        assert {query.dtype, key.dtype, value.dtype} == {torch.bfloat16}
+        return query
+
+    register("by_text_in_half", attend)
+    heads, bounds = torch.randn(1, 2, 4, 8), torch.tensor([0, 4], dtype=torch.int32)
     with torch.autocast("cpu", torch.bfloat16):
-        out, _ = attention(None, seen, seen, seen, None, text_bounds=torch.tensor([0, 4], dtype=torch.int32))
-    assert out.dtype == torch.bfloat16
+        ALL_ATTENTION_FUNCTIONS["by_text_in_half"](None, heads, heads, heads, None, text_bounds=bounds)
 
 
 @pytest.mark.parametrize("options", [None, {"scale": None, "window_size": None}])  # this torch's, and torch 2.11's
