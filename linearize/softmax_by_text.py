@@ -23,7 +23,7 @@ from .modeling_linearized import attention_modules, linear_attentions
 from .sequences import text_bounds
 
 BY_TEXT, BOUNDS, REPLACED = "linearized_by_text", "text_bounds", "sdpa"
-OPTIONS = inspect.signature(varlen_attn).parameters if varlen_attn else {}  # which differ between versions of torch
+OPTIONS = tuple(inspect.signature(varlen_attn).parameters) if varlen_attn else ()  # they differ between versions
 MOST_TEXTS = 65535  # blocks of a CUDA grid along its second axis, where the kernels have the texts
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout")  # as configs call it
 FOREIGN = ("softcap", "s_aux", "sliding_window", "position_bias")  # arguments that make it more than a softmax

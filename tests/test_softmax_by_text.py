@@ -171,15 +171,15 @@ def test_reasons_against_it(monkeypatch):
     assert "caps" in why_not(CUDA, capped, rows) and "sinks" in why_not(CUDA, sinks, rows)
     capability = (7, 5)
     assert "8.0" in why_not(CUDA, None, None)
-    monkeypatch.setattr(softmax_by_text, "OPTIONS", {"is_causal": None})  # torch 2.10
+    monkeypatch.setattr(softmax_by_text, "OPTIONS", ("is_causal",))  # torch 2.10
     assert "no varlen_attn with" in why_not(CUDA, None, None)
 
 
-def train_with(folder, choice, *, steps=3):
+def train_with(folder, choice, *, data=None):
     stage = MatchStage(convert(make_model(num_hidden_layers=3), **KEPT), MatchSettings(lr=1e-2))
     folder.mkdir()
     train(
-        stage, make_data(), settings_of(steps=steps), run=RunSettings(micro_batch=2, softmax_by_text=choice),
+        stage, data or make_data(), settings_of(steps=3), run=RunSettings(micro_batch=2, softmax_by_text=choice),
         accelerator=Accelerator(cpu=True), folder=folder, log=RunLog(folder / "log.jsonl"),
     )  # fmt: skip
     return torch.cat([p.detach().flatten() for group in stage.groups for p in group.parameters])
@@ -197,6 +197,30 @@ def test_training_goes_by_text_where_it_can_and_says_so_once(tmp_path, monkeypat
     got = train_with(tmp_path / "auto", None)
     assert (got - expected).norm() <= 1e-4 * expected.norm() and max(calls) > 2
     assert capsys.readouterr().out.count("match: softmax goes text by text in micro-batches of up to") == 1
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_recorded_micro_batches_are_of_one_shape_though_some_need_no_bounds(recorded, tmp_path, monkeypatch):
+    class Watching:
+        """A BatchGraph that runs every micro-batch plainly."""
+
+        def __init__(self, run, device):
+            self.run = run
+
+        def __call__(self, batch, *, scale):
+            shapes.append({name: tuple(tensor.shape) for name, tensor in batch.items()})
+            return self.run(batch, scale=scale)
+
+    shapes, data = [], make_data()
+    data = replace(data, train=rows_of(*[LENGTH] * 6, 8, 8, 8, LENGTH))
+    monkeypatch.setattr(train_module, "why_not_by_text", lambda *_: "")
+    monkeypatch.setattr(train_module, "SoftmaxByText", partial(SoftmaxByText, implementation=REFERENCE))
+    if recorded:
+        monkeypatch.setattr(train_module, "why_not", lambda *_: "")
+        monkeypatch.setattr(train_module, "BatchGraph", Watching)
+    train_with(tmp_path / "folder", None, data=data)
+    assert len(shapes) == (6 if recorded else 0) and all(shape == shapes[0] and BOUNDS in shape for shape in shapes)
+    assert {2, 4} <= set(calls) if recorded else 2 not in calls  # of the two rows, both are one text, or one is not
 
 
 # ----------------------------------------------------------------------------------------------------- numbers
@@ -338,7 +362,7 @@ def test_heads_come_in_the_dtype_of_autocast_as_with_a_mask():
         ALL_ATTENTION_FUNCTIONS["by_text_in_half"](None, heads, heads, heads, None, text_bounds=bounds)
 
 
-@pytest.mark.parametrize("options", [None, {"scale": None, "window_size": None}])  # this torch's, and torch 2.11's
+@pytest.mark.parametrize("options", [None, ("scale", "window_size")])  # this torch's, and one's without groups
 def test_the_kernel_is_called_as_it_is_declared_and_compiles_in_one_graph(options, monkeypatch):
     if options:
         monkeypatch.setattr(softmax_by_text, "OPTIONS", options)
@@ -414,11 +438,10 @@ def test_recorded_steps_of_any_packing_have_the_numbers_of_the_mask(make, kept, 
 
 @pytest.mark.gpu
 def test_training_on_a_gpu_goes_by_text(tmp_path, capsys):
-    stage, data = make_matching(CUDA, kept=ONE_HEAD, **HALF), make_data(num_train=64)
-    data = replace(data, train=replace(data.train, sequence_length=192))
+    stage, data = make_matching(CUDA, kept=ONE_HEAD, **HALF), make_data(num_train=64, num_held_out=16)
     train(
-        stage, data, replace(settings_of(steps=6), batch_tokens=384), run=RunSettings(micro_batch=2),
-        accelerator=Accelerator(), folder=tmp_path, log=RunLog(tmp_path / "log.jsonl"),
+        stage, data.at(192, name="rows"), MatchSettings(tokens=6 * 384, batch_tokens=384, evaluate_every=6),
+        run=RunSettings(micro_batch=2), accelerator=Accelerator(), folder=tmp_path, log=RunLog(tmp_path / "log.jsonl"),
     )  # fmt: skip
     printed = capsys.readouterr().out
     assert "text by text" in printed and "become a CUDA graph" in printed and "not recorded" not in printed
