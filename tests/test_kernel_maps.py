@@ -35,8 +35,8 @@ def test_a_gate_of_minus_infinity_stays_one():
 
 
 def test_the_self_test_sees_a_wrong_product(monkeypatch):
-    sizes = dict(heads=3, head_dim=16, columns=5)
-    assert self_test.maps_agree(torch.device(DEVICE), torch.float32, **sizes)
+    sizes, maps_agree = dict(heads=3, head_dim=16, columns=5), self_test.maps_agree.__wrapped__
+    assert maps_agree(torch.device(DEVICE), torch.float32, **sizes)
     wrong = lambda x, *maps: map_heads(x, *maps) * 1.001  # noqa: E731
     monkeypatch.setattr("linearize_kernels.map_heads.map_heads", wrong)
-    assert not self_test.maps_agree(torch.device(DEVICE), torch.float32, **sizes)
+    assert not maps_agree(torch.device(DEVICE), torch.float32, **sizes)

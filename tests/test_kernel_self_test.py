@@ -27,6 +27,7 @@ from linearize_kernels import (  # noqa: E402
     self_test,
     training,
 )
+from linearize_kernels.decode import choose_launch  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -166,6 +167,35 @@ def test_losses_pass_and_fail_by_each_result(dtype, teacher, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(logit_loss_kernels.LogitLosses, "apply", apply)
             assert not agree(), wrong
+
+
+@pytest.mark.parametrize("setting", ["autocast", "inference_mode", "no_grad"])
+def test_a_self_test_is_apart_from_what_its_caller_has_set(setting):
+    """Its verdict is kept for all callers of this process."""
+    settings = dict(
+        autocast=torch.autocast(DEVICE.type, torch.bfloat16), inference_mode=torch.inference_mode(),
+        no_grad=torch.no_grad(),
+    )  # fmt: skip
+    sizes = {name: size for name, size in SIZES.items() if name != "far_heads"}
+    launch = choose_launch(2, 41, 16, 16, 2, torch.float32)
+    with settings[setting]:
+        assert passes(prefill=True) and passes(prefill=False)
+        for test, sort in (
+            (self_test.self_test_losses, dict(vocabulary=150)),
+            (self_test.self_test_decode, dict(launch=launch, splits=1, **sizes)),
+        ):
+            error, allowed = test.__wrapped__(DEVICE, torch.float32, **sort)
+            assert error <= allowed
+        assert self_test.maps_agree.__wrapped__(DEVICE, torch.float32, heads=3, head_dim=16, columns=5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_self_test_runs_on_the_device_of_its_tensors():
+    inputs, options = make(length=100, device=torch.device("cuda", 1))
+    assert torch.cuda.current_device() == 0
+    assert dispatch.can_run(**inputs, **options) and dispatch.can_run_cuda(**inputs, **options, return_state=True)
+    assert dispatch.can_run_losses(torch.zeros(3, 77, device="cuda:1"))
 
 
 @pytest.fixture

@@ -12,7 +12,25 @@ import torch
 from .reference import attention_quadratic
 
 
-@functools.cache
+def once_a_process(test):
+    """A test of a device and whatever more, run once of each sort: there, whatever device, autocast, inference mode or
+    gradients its first caller has set."""
+
+    @functools.cache
+    @functools.wraps(test)
+    def alone(device, *sort, **options):
+        with (
+            torch.cuda.device_of(torch.empty(0, device=device)),
+            torch.autocast(torch.device(device).type, enabled=False),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            return test(device, *sort, **options)
+
+    return alone
+
+
+@once_a_process
 def self_test(device, dtype, *, prefill: bool, heads: int, groups: int, far_heads: int, head_dim: int,
               value_dim: int, map_dim: int, decay=False, masked=False, backward=True, cuda="", window=64,
               sinks=4):  # fmt: skip
@@ -34,15 +52,14 @@ def self_test(device, dtype, *, prefill: bool, heads: int, groups: int, far_head
             options["segments"] = (slots >= 150).long() + (slots >= 151)
     if not decay:
         inputs.pop("log_decay")
-    with torch.inference_mode(False):
-        if prefill:
-            expected, got = _prefill_results(inputs, options, cuda)
-        else:
-            expected, got = _training_results(inputs, options, grad, backward, cuda)
+    if prefill:
+        expected, got = _prefill_results(inputs, options, cuda)
+    else:
+        expected, got = _training_results(inputs, options, grad, backward, cuda)
     return largest_error(got, expected), 1e-4 if dtype == torch.float32 else 1e-2
 
 
-@functools.cache
+@once_a_process
 def self_test_decode(device, dtype, *, launch, splits: int, heads: int, groups: int, head_dim: int, value_dim: int,
                      map_dim: int, window: int, sinks: int, decay=False, far_dtype=None,
                      sum_dtype=torch.float32):  # fmt: skip
@@ -63,7 +80,7 @@ def self_test_decode(device, dtype, *, launch, splits: int, heads: int, groups: 
     log_decay = log_decay if decay else None
     inputs |= {name: inputs[name].to(far_dtype or dtype) for name in ("q_far", "k_far", "gate")}
     options = dict(scaling=head_dim**-0.5, log_decay=log_decay)
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         exact = {name: x.double() for name, x in inputs.items()}
         expected, _ = attention_quadratic(**exact, **options, window=window, sinks=sinks)
         before = {name: x[:, :, :prompt] for name, x in inputs.items()}
@@ -75,9 +92,7 @@ def self_test_decode(device, dtype, *, launch, splits: int, heads: int, groups: 
     return largest_error([got], [expected[:, :, prompt:]]), allowed
 
 
-@functools.cache
-@torch.inference_mode(False)
-@torch.enable_grad()
+@once_a_process
 def self_test_losses(device, dtype, teacher_dtype=None, *, vocabulary: int):
     """As `self_test`, of `logit_losses` and its gradient, with a teacher where its dtype is given.
 
@@ -110,8 +125,7 @@ def largest_error(got, expected) -> float:
     return max(math.inf if math.isnan(e) else e for e in errors)
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@once_a_process
 def maps_agree(device, dtype, *, heads: int, head_dim: int, columns: int) -> bool:
     """Whether `map_heads`, which a decode step maps by, multiplies in float32, for few rows and many."""
     from .map_heads import map_heads
