@@ -23,7 +23,7 @@ from .decoding import CHECK_EVERY, Decoder, has_stop
 from .errors import LinearizeError
 from .kept_softmax import has_softmax
 from .loading import load
-from .process_files import BrokenRow, Output, read_rows
+from .process_files import BrokenRow, Output, open_rows
 from .process_prompts import Prompts, check_template
 from .sampling import Sampling
 from .state import TOKENS_AT_ONCE, State, read
@@ -57,8 +57,9 @@ def process(folder, source, target, *, template: str = "{text}", chat: bool = Fa
     line is the row with its number as "row" and the answer under `field_name`. Returns this process's counts. Raises
     DataError for a file or template that does no row any good.
     """
-    total, rows = read_rows(source)
-    check_template(template, read_rows(source)[1])
+    rows = open_rows(source)
+    total = len(rows)
+    check_template(template, rows)
     processes, rank, world = _processes(device)
     output = Output(target, rank=rank, world=world)
     with closing(output):
@@ -67,24 +68,19 @@ def process(folder, source, target, *, template: str = "{text}", chat: bool = Fa
         prompts = Prompts(model, tokenizer, before, template=template, chat=chat, max_new_tokens=max_new_tokens,
                           max_length=max_length)  # fmt: skip
 
-        def left(rows):
+        def left():
             return ((n, row) for n, row in enumerate(rows) if n % world == rank and not output.is_done(n))
 
         if prompts.max_length is None and has_softmax(model):
-            prompts.max_length = prompts.longest(row for _, row in left(read_rows(source)[1])) + max_new_tokens
-        batch = batch or pick_batch(model, rows=-(-total // world), length=prompts.max_length)
-        if disable_compile is None and -(-total // (world * batch)) * max_new_tokens < COMPILED_FROM:
-            disable_compile = True
-        decoder = Decoder(
-            model, batch=batch, sampling=sampling, mode=mode, pad=tokenizer.pad_token_id,
-            max_length=prompts.max_length, disable_compile=disable_compile,
-        )  # fmt: skip
+            prompts.max_length = prompts.longest(row for _, row in left()) + max_new_tokens
+        decoder = _make_decoder(model, prompts, rows=-(-total // world), batch=batch, sampling=sampling, mode=mode,
+                                disable_compile=disable_compile)  # fmt: skip
         if rank == 0 and decoder.compile_seconds is not None:
             print(f"the decode step was compiled in {decoder.compile_seconds:.0f} s")
         work = _Work(model, decoder, before, prompts, stop)
         done = sum(output.is_done(n) for n in range(rank, total, world))
         with tqdm(total=len(range(rank, total, world)), initial=done, unit="row", disable=rank > 0) as bar:
-            counts = _answer(work, left(rows), output, bar, tokenizer, field_name)
+            counts = _answer(work, left(), output, bar, tokenizer, field_name)
     if processes:
         processes.wait_for_everyone()
     if rank == 0:
@@ -123,6 +119,17 @@ def _processes(device: str):
 
     state = PartialState(cpu=device == "cpu", timeout=WAIT)
     return state, state.process_index, state.num_processes
+
+
+def _make_decoder(model, prompts: Prompts, *, rows: int, batch, disable_compile, sampling, mode) -> Decoder:
+    """One for so many rows. The rest as given to `process`."""
+    batch = batch or pick_batch(model, rows=rows, length=prompts.max_length)
+    if disable_compile is None and -(-rows // batch) * prompts.max_new_tokens < COMPILED_FROM:
+        disable_compile = True
+    return Decoder(
+        model, batch=batch, sampling=sampling, mode=mode, pad=prompts.tokenizer.pad_token_id,
+        max_length=prompts.max_length, disable_compile=disable_compile,
+    )  # fmt: skip
 
 
 def pick_batch(model, *, rows: int, length: int | None = None) -> int:

@@ -8,7 +8,7 @@ left to do, after a kill at any moment and with any number of processes.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sized
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,35 +24,41 @@ class BrokenRow:
     reason: str
 
 
-def read_rows(source) -> tuple[int, Iterator]:
-    """(number of rows, the rows in order); a line that is no JSON comes as a BrokenRow. Raises DataError."""
+@dataclass(frozen=True)
+class _JsonLines:
+    """The rows of a .jsonl file, read again each time that they are gone through."""
+
+    path: Path
+
+    def __len__(self) -> int:
+        with self.path.open("rb") as file:
+            return sum(1 for _ in file)
+
+    def __iter__(self) -> Iterator:
+        with self.path.open("rb") as file:
+            for line in file:
+                try:
+                    yield json.loads(line)
+                except ValueError as error:  # bad JSON or bad UTF-8
+                    reason = f"not JSON: {error}" if line.strip() else "an empty line"
+                    yield BrokenRow(line.decode("utf-8", "backslashreplace").rstrip("\r\n"), reason)
+
+
+def open_rows(source) -> Collection:
+    """The rows in order, as often as wanted; a line that is no JSON comes as a BrokenRow. Raises DataError."""
     path = Path(source)
     if path.suffix in (".jsonl", ".json") and path.is_file():
-        with path.open("rb") as file:
-            return sum(1 for _ in file), _json_lines(path)
+        return _JsonLines(path)
     import datasets
 
-    rows: Sized | None = None
     if path.suffix == ".parquet" and path.is_file():
-        rows = datasets.Dataset.from_parquet(str(path))
-    elif (path / "dataset_info.json").is_file():
-        rows = datasets.load_from_disk(str(path))
-    elif (path / "dataset_dict.json").is_file():
+        return datasets.Dataset.from_parquet(str(path))
+    if (path / "dataset_info.json").is_file():
+        return datasets.load_from_disk(str(path))
+    if (path / "dataset_dict.json").is_file():
         splits = ", ".join(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
         raise DataError(f"{source} holds several splits: give the folder of one, {source}/NAME, of {splits}")
-    if rows is None:
-        raise DataError(f"{source}: no such .jsonl or .parquet file, nor a folder made by Dataset.save_to_disk")
-    return len(rows), iter(rows)
-
-
-def _json_lines(path: Path) -> Iterator:
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError as error:  # bad JSON or bad UTF-8
-                reason = f"not JSON: {error}" if line.strip() else "an empty line"
-                yield BrokenRow(line.decode("utf-8", "backslashreplace").rstrip("\r\n"), reason)
+    raise DataError(f"{source}: no such .jsonl or .parquet file, nor a folder made by Dataset.save_to_disk")
 
 
 class Output:
