@@ -13,6 +13,7 @@ from pathlib import Path
 
 from linearize import __version__, shipped
 from linearize import cli_examples as examples
+from linearize import cli_values as values
 from linearize.errors import LinearizeError
 
 
@@ -116,7 +117,7 @@ def _add_generate(verbs) -> None:
 
 def _add_sampling(parser, seed: str) -> None:
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
+    sampling.add_argument("--max-new-tokens", type=values.positive, default=64, metavar="N", help="default 64")
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus; 1 (default) is off")
     sampling.add_argument("--seed", type=int, default=None, metavar="N", help=seed)
@@ -130,15 +131,15 @@ def _add_eval(verbs) -> None:
     parser = _verb(verbs, "eval", _eval, "run lm-eval tasks on a converted model", examples.EVAL_EPILOG)
     parser.add_argument("folder", metavar="DIR", help="a converted model, or any other to compare with")
     what = parser.add_argument_group("what to run")
-    what.add_argument("--tasks", required=True, type=_names, metavar="A,B", help="lm-eval tasks or groups")
+    what.add_argument("--tasks", required=True, type=values.names, metavar="A,B", help="lm-eval tasks or groups")
     what.add_argument("--include-path", metavar="DIR", help="folder of your own tasks")
-    what.add_argument("--limit", type=_positive, metavar="N", help="examples a task (default all)")
+    what.add_argument("--limit", type=values.positive, metavar="N", help="examples a task (default all)")
     what.add_argument(
         "--num-fewshot", type=int, metavar="N", help="examples in the prompt (default the task's)"
     )
     what.add_argument("--output", type=Path, metavar="FILE", help="also write everything as JSON")
     how = parser.add_argument_group("how to run it")
-    how.add_argument("--batch-size", type=_batch_size, default=8, metavar="N", help="default 8; auto: by memory")
+    how.add_argument("--batch-size", type=values.batch_size, default=8, metavar="N", help="default 8; auto: by memory")
     how.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     how.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default auto"
@@ -153,10 +154,10 @@ def _add_process(verbs) -> None:
     parser.add_argument("--template", default="{text}", metavar="TEXT", help="the prompt; columns in braces")
     parser.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
     parser.add_argument("--prefix", default="", metavar="TEXT", help="text before every prompt, read once")
-    parser.add_argument("--batch", type=_positive, default=None, metavar="N", help="rows at once (default: by memory)")
+    parser.add_argument("--batch", type=values.positive, metavar="N", help="rows at once (default: by memory)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     length = "most tokens of a row, prompt and answer; longer ones are errors (default: what the longest row needs)"
-    parser.add_argument("--max-length", type=_positive, default=None, metavar="N", help=length)
+    parser.add_argument("--max-length", type=values.positive, default=None, metavar="N", help=length)
     parser.add_argument("--disable-compile", action="store_const", const=True, help="no torch.compile in a long run")
     _add_sampling(parser, "makes samples repeat: row n draws by N + n")
     parser.set_defaults(if_interrupted="; give the same command again to resume")
@@ -166,7 +167,7 @@ def _add_serve(verbs) -> None:
     parser = _verb(verbs, "serve", _serve, "answer OpenAI clients over HTTP (chat and completions, streamed or not)")
     parser.add_argument("folder", metavar="DIR", help="a converted model; clients name it just so")
     parser.add_argument("--host", default="localhost", help="default localhost")
-    parser.add_argument("--port", type=_positive, default=8000, metavar="N", help="default 8000")
+    parser.add_argument("--port", type=values.positive, default=8000, metavar="N", help="default 8000")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
 
 
@@ -183,14 +184,15 @@ def _add_bench(verbs) -> None:
     what.add_argument("folder", nargs="?", metavar="DIR", help="a converted model")
     what.add_argument("--against", metavar="MODEL", help="its teacher: a folder, hub id or GGUF file")
     what.add_argument("--shape", metavar="NAME", help="random weights: llama-3.1-8b, based-1.3b or smollm2-135m")
-    what.add_argument("--window", type=_positive, metavar="N", help="with --shape: the window (default 192)")
-    what.add_argument("--map-dim", type=_positive, metavar="N", help="with --shape: of the feature map (default 4)")
-    what.add_argument("--prompts", type=_prompts, default=[128, 1024, 8192, 32768], metavar="N,N", help="128,1k,8k,32k")
-    what.add_argument("--new", type=_positive, default=1024, metavar="N", help="new tokens a row (default 1024)")
-    what.add_argument("--batches", type=_counts, default=[1, "max"], metavar="N,N", help="default 1,max: what fits")
-    what.add_argument("--cells", type=_pairs, metavar="P:B,P:B", help="prompt:batch pairs instead, as 1k:128,8k:max")
-    what.add_argument("--sides", type=_names, metavar="A,B", help="converted, teacher-static, teacher-dynamic (all)")
-    what.add_argument("--steps", type=_positive, metavar="N", help="time N of the new tokens (default all)")
+    what.add_argument("--window", type=values.positive, metavar="N", help="with --shape: the window (default 192)")
+    what.add_argument("--map-dim", type=values.positive, metavar="N", help="with --shape: of the map (default 4)")
+    what.add_argument("--prompts", type=values.prompts, default="128,1k,8k,32k", metavar="N,N", help="%(default)s")
+    what.add_argument("--new", type=values.positive, default=1024, metavar="N", help="new tokens a row (default 1024)")
+    what.add_argument("--batches", type=values.batches, default="1,max", metavar="N,N", help="default 1,max: what fits")
+    what.add_argument("--cells", type=values.pairs, metavar="P:B,P:B", help="pairs prompt:batch instead: 1k:128,8k:max")
+    sides = "converted, teacher-static, teacher-dynamic (all)"
+    what.add_argument("--sides", type=values.names, metavar="A,B", help=sides)
+    what.add_argument("--steps", type=values.positive, metavar="N", help="time N of the new tokens (default all)")
     what.add_argument("--made-up", action="store_true", help="decode from random memory: no prompt is read")
     about = "no torch.compile of the step, on both sides (default: where the step is one CUDA graph)"
     parser.add_argument("--disable-compile", action="store_const", const=True, help=about)
@@ -207,9 +209,9 @@ def _add_bench_speculative(actions) -> None:
     parser.add_argument("folder", metavar="DIR", help="a converted model")
     parser.add_argument("--against", metavar="MODEL", help="its teacher, for which it drafts")
     parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="its beginnings are the prompts")
-    parser.add_argument("--prompts", type=_counts, default=[256, 1024], metavar="N,N", help="tokens; default 256,1k")
-    parser.add_argument("--new", type=_positive, default=128, metavar="N", help="new tokens (default 128)")
-    parser.add_argument("--lookup", type=_positive, default=8, metavar="N", help="tokens looked up at once (default 8)")
+    parser.add_argument("--prompts", type=values.counts, default="256,1k", metavar="N,N", help="tokens; default 256,1k")
+    parser.add_argument("--new", type=values.positive, default=128, metavar="N", help="new tokens (default 128)")
+    parser.add_argument("--lookup", type=values.positive, default=8, metavar="N", help="tokens looked up (default 8)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="default float32")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
 
@@ -354,45 +356,6 @@ def _recipes_show(args: argparse.Namespace) -> None:
 def _recipes_cp(args: argparse.Namespace) -> None:
     path = shipped.copy_recipe(args.name, args.target, force=args.force)
     print(f"{path}  (next: linearize convert {path})")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, is '{text}'")
-    return int(text)
-
-
-def _batch_size(text: str) -> int | str:
-    return text if text == "auto" else _positive(text)
-
-
-def _counts(text: str) -> list[int | str]:
-    """'1,8k,max' -> [1, 8192, 'max']."""
-    counts = []
-    for word in text.split(","):
-        number = word.strip().removesuffix("k")
-        counts.append("max" if number == "max" else _positive(number) * (1024 if word.strip().endswith("k") else 1))
-    return counts
-
-
-def _prompts(text: str) -> list[int | str]:
-    """As `_counts`, but that a prompt may be empty: '0,8k' -> [0, 8192]."""
-    return [0 if word.strip() == "0" else _counts(word)[0] for word in text.split(",")]
-
-
-def _pairs(text: str) -> list[tuple]:
-    """'0:128,8k:max' -> [(0, 128), (8192, 'max')]."""
-    pairs = [word.split(":") for word in text.split(",")]
-    if any(len(pair) != 2 or pair[0].strip() == "max" for pair in pairs):
-        raise argparse.ArgumentTypeError(f"must be prompt:batch pairs, as 1k:128,8k:max, is '{text}'")
-    return [(*_prompts(prompt), *_counts(batch)) for prompt, batch in pairs]
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError("names no task")
-    return names
 
 
 if __name__ == "__main__":

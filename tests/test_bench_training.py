@@ -106,8 +106,8 @@ def test_window_and_map_dim_reach_the_layers(monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--shapes", "7b"], "7b: none of 135m, 1b"), (["--window", "0"], "'0' is not a number of at least 1"),
-     (["--batches", "4,x"], "'x' is not a number of at least 1")],
+    [(["--shapes", "7b"], "7b: none of 135m, 1b"), (["--window", "0"], "at least 1, is '0'"),
+     (["--batches", "4,x"], "at least 1, is 'x'")],
 )  # fmt: skip
 def test_unknown_choices_are_refused(arguments, said, capsys):
     with pytest.raises(SystemExit):

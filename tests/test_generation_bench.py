@@ -7,7 +7,7 @@ import torch
 from pico import convert, make_model, make_tokens
 from test_export import save_model
 
-from linearize import cli
+from linearize import cli, cli_values
 from linearize.architecture import linearize_
 from linearize.export import export
 from linearize.loading import load_any
@@ -231,10 +231,16 @@ def test_what_is_refused(folder, capsys):
     ):
         assert run(*words) == 2
         assert said in capsys.readouterr().err
-    assert cli._pairs("0:128,8k:max") == [(0, 128), (8192, "max")]
-    for pairs, said in (*((x, "prompt:batch pairs") for x in ("1k", "max:1", "1:2:3")), ("1k:0", "at least 1, is '0'")):
+    assert cli_values.pairs("0:128, 8k:max") == [(0, 128), (8192, "max")]
+    for option, given, said in (
+        ("--cells", "1k", "must be prompt:batch pairs"),
+        ("--cells", "1:2:3", "must be prompt:batch pairs"),
+        ("--cells", "max:1", "at least 1, is 'max'"),
+        ("--cells", "1k:0", "at least 1, is '0'"),
+        ("--prompts", "8k,max", "at least 1, is 'max'"),
+    ):
         with pytest.raises(SystemExit):
-            run(folder, "--cells", pairs)
+            run(folder, option, given)
         assert said in capsys.readouterr().err
 
 

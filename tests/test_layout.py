@@ -18,7 +18,8 @@ PACKAGES = {
 STAGES = {"calibrate", "match", "finetune", "export"}
 # what the command line imports when it starts
 LIGHT = {
-    "__init__", "cli", "cli_examples", "config", "errors", "lengths", "recipe", "registration", "settings", "shipped",
+    "__init__", "cli", "cli_examples", "cli_values", "config", "errors", "lengths", "recipe", "registration",
+    "settings", "shipped",
 }  # fmt: skip
 # what the kernels' benchmark may import inside its functions, where it is installed
 BENCH_PEERS = {"fla", "matplotlib"}

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from linearize.architecture import linearize_
+from linearize.cli_values import listed, positive
 from linearize.finetune import FinetuneStage, add_lora
 from linearize.fused_norms import fused_norms
 from linearize.match import MatchStage
@@ -192,13 +193,13 @@ def _parse(arguments):
     )
     parser.add_argument("--stages", type=_some_of(STAGES), default=list(STAGES), help=f"by commas: {', '.join(STAGES)}")
     parser.add_argument("--shapes", type=_some_of(SHAPES), default=list(SHAPES), help=f"by commas: {', '.join(SHAPES)}")
-    parser.add_argument("--batches", type=_numbers, default=[4, 16, 64], help="sequences of a step, by commas")
-    parser.add_argument("--length", type=_number, default=2048, help="tokens of a sequence")
-    parser.add_argument("--documents", type=_number, default=1, help="documents packed in a sequence")
-    parser.add_argument("--window", type=_number, default=64, help="tokens that are attended to exactly")
-    parser.add_argument("--map-dim", type=_number, default=16, help="of the far term's map")
+    parser.add_argument("--batches", type=listed(positive), default=[4, 16, 64], help="sequences of a step, by commas")
+    parser.add_argument("--length", type=positive, default=2048, help="tokens of a sequence")
+    parser.add_argument("--documents", type=positive, default=1, help="documents packed in a sequence")
+    parser.add_argument("--window", type=positive, default=64, help="tokens that are attended to exactly")
+    parser.add_argument("--map-dim", type=positive, default=16, help="of the far term's map")
     parser.add_argument("--compile", type=_some_of(("no", "yes")), default=["no", "yes"], help="no, yes or both")
-    parser.add_argument("--steps", type=int, default=10, help="steps of a run; three are not counted")
+    parser.add_argument("--steps", type=positive, default=10, help="steps of a run; three are not counted")
     parser.add_argument("--profile", action="store_true", help="print the kernels that take most of the GPU's time")
     parser.add_argument("--csv", help="also write the table here")
     return parser.parse_args(arguments)
@@ -213,16 +214,6 @@ def _some_of(known):
         return names
 
     return parse
-
-
-def _numbers(text: str) -> list[int]:
-    return [_number(part) for part in text.split(",")]
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":
