@@ -332,3 +332,4 @@ def test_the_report_says_what_was_asked_for(choice, monkeypatch):
             assert implementation == "reference" and why == "it is asked for", name
         else:
             assert implementation == choice and why.startswith("asked for, and cannot run: "), name
+            assert not why.partition(": ")[2].startswith("not "), why

@@ -31,8 +31,6 @@ class Verdict(NamedTuple):
         return self.ok
 
 
-
-
 def attention(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, feature_map="taylor", valid=None,
               segments=None, log_decay=None, softcap=None, sink_logits=None, state=None, return_state=False,
               implementation="auto"):  # fmt: skip

@@ -67,6 +67,8 @@ def _attention(tensors, options) -> tuple[str, str]:
         if verdict and (chosen == name or device.type == "cuda"):
             implementation, why = _taken(name, device)
             return implementation, "; ".join([why, *reasons])
+        if chosen == name:
+            return _refused(chosen, verdict.reason)
         reasons.append(f"not {name}: {verdict.reason or UNASKED}")
     return _refused(chosen, "; ".join(reasons))
 
