@@ -78,7 +78,8 @@ class Decoder:
         self.mask = None  # [B, seen] bool where the model's own cache holds softmax keys
         self.run_model, self.settle, self.compile_seconds, self.why_not_compiled = run_model, settle, None, ""
         self.merged = None  # MergedProducts, where the step is static
-        self._choose_mode(mode, batch, max_length, disable_compile)
+        with torch.cuda.device_of(self.token):
+            self._choose_mode(mode, batch, max_length, disable_compile)
 
     def prefill(self, input_ids, attention_mask=None, *, state: State | None = None):
         """Reads prompts [B, T], padded on the left, after `state`; returns the first new tokens [B]."""
@@ -236,7 +237,7 @@ class Decoder:
                 torch.cuda.set_sync_debug_mode(before)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self._step()
         self.graph = graph
 
@@ -316,8 +317,7 @@ def _to_cpu(tokens):
     if not tokens.is_cuda:
         return lambda: tokens
     copied = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
+    event = torch.cuda.current_stream(tokens.device).record_event()
 
     def wait():
         event.synchronize()

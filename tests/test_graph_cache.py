@@ -7,6 +7,7 @@ import torch
 from pico import convert, make_model, make_tokens, pad
 
 from linearize import GraphCache
+from linearize.decoding import CHECK_EVERY, generate
 from linearize.linearized_cache import CacheError
 from linearize.static_cache import StaticError
 
@@ -148,3 +149,14 @@ def test_what_is_refused(monkeypatch):
     kept = make("kept")
     with pytest.raises(StaticError, match="are full"):
         kept.generate(**inputs, past_key_values=GraphCache(kept, batch=2, mode="static", max_length=23), **OPTIONS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_another_device_than_the_current_one():
+    model, ids = make(), make_tokens(2, 21)
+    expected = generate(model, ids, max_new_tokens=2 * CHECK_EVERY, mode="graph").cpu()
+    model.to("cuda:1")
+    for mode in MODES:
+        assert torch.equal(generate(model, ids, max_new_tokens=2 * CHECK_EVERY, mode=mode).cpu(), expected), mode
+    assert torch.cuda.current_device() == 0

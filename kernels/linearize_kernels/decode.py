@@ -169,18 +169,19 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
     columns = _pad(-(-value_dim // splits))
     rows = state.keys.shape[2]
     launch = launch or choose_launch(batch * groups * splits, rows, head_dim, columns, group, q.dtype)
-    return kernels.decode_kernel[(splits, groups, batch)](
-        q, k, v, q_far, k_far, gate, gate if log_decay is None else log_decay, out,
-        state.total, state.norm, state.keys, state.values, state.ring_far, state.ring_kind,
-        state.position, state.offset,
-        *[s for x in (q, k, v, q_far, k_far, gate, out) for s in x.stride()[:2]],
-        scaling * math.log2(math.e),
-        GROUP=group, WINDOW=state.window, SINKS=state.num_sinks, D=head_dim, V=value_dim, DIM=map_dim,
-        DP=_pad(head_dim), FP=_pad(map_dim), HP=triton.next_power_of_2(group),
-        NP=_pad(state.total.shape[2]), VB=columns, DECAY=log_decay is not None,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-        **launch._asdict(),
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        return kernels.decode_kernel[(splits, groups, batch)](
+            q, k, v, q_far, k_far, gate, gate if log_decay is None else log_decay, out,
+            state.total, state.norm, state.keys, state.values, state.ring_far, state.ring_kind,
+            state.position, state.offset,
+            *[s for x in (q, k, v, q_far, k_far, gate, out) for s in x.stride()[:2]],
+            scaling * math.log2(math.e),
+            GROUP=group, WINDOW=state.window, SINKS=state.num_sinks, D=head_dim, V=value_dim, DIM=map_dim,
+            DP=_pad(head_dim), FP=_pad(map_dim), HP=triton.next_power_of_2(group),
+            NP=_pad(state.total.shape[2]), VB=columns, DECAY=log_decay is not None,
+            PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+            **launch._asdict(),
+        )  # fmt: skip
 
 
 class Launch(NamedTuple):

@@ -18,10 +18,11 @@ def map_heads(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torc
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty(batch, heads, 1, columns, dtype=torch.float32, device=x.device)
     rows = 16 if batch <= 16 else 32
-    kernels.map_kernel[(heads, triton.cdiv(batch, rows))](
-        x, weight, bias, out, *x.stride()[:2], batch,
-        D=head_dim, E=columns, BB=rows, BD=min(128, _pad(head_dim)), EP=_pad(columns),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        kernels.map_kernel[(heads, triton.cdiv(batch, rows))](
+            x, weight, bias, out, *x.stride()[:2], batch,
+            D=head_dim, E=columns, BB=rows, BD=min(128, _pad(head_dim)), EP=_pad(columns),
+        )  # fmt: skip
     return out
 
 
