@@ -4,6 +4,7 @@ Without a GPU it runs in Triton's interpreter (see conftest.py), in float32.
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,9 @@ from linearize_kernels import State, attention_quadratic, can_decode, self_test
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from linearize_kernels import decode as decode_module  # noqa: E402
+from linearize_kernels import map_kernels  # noqa: E402
 from linearize_kernels.decode import Launch, choose_splits, decode  # noqa: E402
+from linearize_kernels.map_heads import map_heads  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
@@ -203,3 +206,27 @@ def test_a_launch_of_many_rows_and_heads_is_within_what_a_gpu_takes(monkeypatch)
     decode_module.launch_decode(*wide.values(), many, 1.0, None, torch.empty_like(wide["v"]))
     (grid,) = grids
     assert math.prod(grid) == 2600 * 32 * few.position.shape[2] and max(grid[1:]) <= 65535
+
+
+def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current device, whatever the tensors'."""
+    current = ["another"]
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor.device.type)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launches.append((args[0].device.type, current[-1]))
+
+    launches, (inputs, options, valid) = [], make(prompt=0, tokens=1)
+    state = prefilled(inputs, options, valid, 0)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(decode_module.kernels, "decode_kernel", Kernel())
+    monkeypatch.setattr(map_kernels, "map_kernel", Kernel())
+    decode(**inputs, state=state, scaling=1.0, implementation="triton")
+    map_heads(torch.zeros(1, 2, 1, 16, device=DEVICE), *(torch.zeros(2, n, 5, device=DEVICE) for n in (16, 1)))
+    assert launches == [(DEVICE, DEVICE)] * 2
