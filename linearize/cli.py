@@ -124,7 +124,8 @@ def _add_sampling(parser, seed: str) -> None:
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="the K likeliest; 0 (default) is off")
     sampling.add_argument("--min-p", type=float, default=0.0, metavar="P", help="share of the likeliest's; 0 is off")
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 (default) is off")
-    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end after this text; repeatable")
+    about = "end after this text; repeatable"
+    sampling.add_argument("--stop", type=values.some_text, action="append", default=[], metavar="TEXT", help=about)
 
 
 def _add_eval(verbs) -> None:

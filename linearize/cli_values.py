@@ -9,6 +9,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def some_text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
 def batch_size(text: str) -> int | str:
     """Of lm-eval."""
     return text if text == "auto" else positive(text)

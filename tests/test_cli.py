@@ -305,11 +305,12 @@ def test_the_real_functions_take_what_the_verbs_hand_on(function, arguments):
         "report",
         "sweep my.yaml",
     ]
-    + ["generate d -p x --max-new-tokens 1.5", "eval d --tasks a --batch-size all", "convert x --lr 3"],
+    + ["generate d -p x --max-new-tokens 1.5", "eval d --tasks a --batch-size all", "convert x --lr 3"]
+    + ["generate d -p x --stop ''", "process d in out --stop ''", "bench speculative d --text x --prompts 0"],
 )
 def test_wrong_usage_is_status_2(line, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main(line.split())
+        cli.main(shlex.split(line))
     assert caught.value.code == 2
     assert "usage: linearize" in capsys.readouterr().err
 
