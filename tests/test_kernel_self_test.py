@@ -124,12 +124,14 @@ def test_every_sort_of_call_has_a_self_test_of_its_own(what, monkeypatch):
         return 1.0, 1e-2
 
     monkeypatch.setattr(self_test, "self_test", fails)
+    monkeypatch.setattr(prefill, "why_not", lambda *_, **__: "")  # slices, which a fake tensor may not without a GPU
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     inputs, options = make(length=80, heads=4, groups=2)
     with FakeTensorMode():
         inputs = {name: torch.empty(x.shape, dtype=x.dtype, device="cuda") for name, x in inputs.items()}
-        given = {"nothing": {}, "state": {"state": object()}}.get(what, {what: inputs["gate"][:, 0] > 0})
+        mask = torch.empty(1, 80, dtype=torch.bool, device="cuda")
+        given = {"nothing": {}, "state": {"state": object()}}.get(what, {what: mask})
         verdict = dispatch.can_run(**inputs, **options, **given)
         assert verdict == (False, "the self-test on a GPU is off by 1.0e+00, relative; 1.0e-02 is allowed")
     assert asked[0]["masked"] == (what != "nothing") and asked[0]["prefill"] == (what == "state")
