@@ -63,8 +63,8 @@ class KeepSoftmaxSettings(Section):
     count: int = setting(0, help="how many more to choose once the layers are matched", minimum=0)
     by: Literal["recall", "kl", "recall_then_kl", "even"] = setting(
         "recall",
-        help="what the choice makes small: copy perplexity, KL to the original, or recall in its first half (rounded "
-        "up) and then KL; even: spaced evenly",
+        help="what the choice makes small: copy perplexity, KL to the original, or for half of it (rounded up) the one "
+        "and then the other; even: spaced evenly",
     )
     unit: Literal["layer", "kv_head"] = setting("layer", help="what count counts")
 
