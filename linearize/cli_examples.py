@@ -25,6 +25,7 @@ RANK_EPILOG = """\
 examples:
   linearize rank-layers my.yaml
   linearize rank-layers my.yaml --set attention.keep_softmax.unit=kv_head --set attention.keep_softmax.count=12
+  linearize rank-layers my.yaml --set attention.keep_softmax.by=recall_then_kl
 calibrates and matches as `convert` would, resuming what is there, and `convert` then goes on from it
 """
 

@@ -88,10 +88,11 @@ def rank_layers(recipe: Recipe, *, force: bool = False) -> Path:
     """Calibrates and matches, then measures which layers or kv heads should stay softmax; returns a folder of results.
 
     The unit, the measure and how many to choose greedily come from `attention.keep_softmax` (count 0: a tenth of
-    them). The work folder stays, and `convert` of the same recipe, whatever its `count`, goes on from it.
+    them). The work folder stays, and `convert` of the same recipe, whatever its `count`, goes on from it; it
+    ranks again where the chain would begin otherwise (recall_then_kl of another count).
     """
     if recipe.attention.keep_softmax.by == "even":
-        raise RecipeError("attention.keep_softmax.by: even measures nothing; rank by recall or kl")
+        raise RecipeError("attention.keep_softmax.by: even measures nothing; rank by recall, kl or recall_then_kl")
     run = _start(recipe, force=force)
     run.match()
     folder = recipe.output_folder.with_name(recipe.output_folder.name + ".ranking")
@@ -221,14 +222,12 @@ class _Run:
 
     def _ranked(self, keep) -> list:
         """The chosen units, by the ranking in the work folder, which is made first if need be."""
-        from linearize_eval.ranking import chosen_units, load_ranking
+        from linearize_eval.ranking import chosen_units, load_ranking, serves
 
         path = self.work / "ranking.json"
-        wanted = {"by": keep.by, "unit": keep.unit, "distances": self.recipe.rank_distances}
-        if self.accelerator.is_main_process:
-            ranking = load_ranking(path) if path.exists() else {"chain": []}
-            if len(ranking["chain"]) < keep.count or any(ranking[k] != v for k, v in wanted.items()):
-                self._rank(keep, keep.count)
+        wanted = {"unit": keep.unit, "by": keep.by, "count": keep.count, "distances": self.recipe.rank_distances}
+        if self.accelerator.is_main_process and not (path.exists() and serves(load_ranking(path), **wanted)):
+            self._rank(keep, keep.count)
         self.accelerator.wait_for_everyone()
         return chosen_units(load_ranking(path), self.model, keep.count)
 

@@ -61,8 +61,10 @@ class KeepSoftmaxSettings(Section):
     layers: list[int] = setting([], help="whole layers, from 0", minimum=0, unique=True)
     heads: list[list[int]] = setting([], help="single kv heads, [layer, head] each, from 0")
     count: int = setting(0, help="how many more to choose once the layers are matched", minimum=0)
-    by: Literal["recall", "kl", "even"] = setting(
-        "recall", help="what the choice makes small: copy perplexity, KL to the original; even: spaced evenly"
+    by: Literal["recall", "kl", "recall_then_kl", "even"] = setting(
+        "recall",
+        help="what the choice makes small: copy perplexity, KL to the original, or for half of it (rounded up) the one "
+        "and then the other; even: spaced evenly",
     )
     unit: Literal["layer", "kv_head"] = setting("layer", help="what count counts")
 
@@ -309,9 +311,9 @@ class Recipe(Section):
     def check(self) -> Iterator[str]:
         """Settings of different groups that do not go together."""
         keep = self.attention.keep_softmax
-        if keep.count and keep.by == "recall" and not self.rank_distances:
+        if keep.count and keep.by in ("recall", "recall_then_kl") and not self.rank_distances:
             yield (
-                f"attention.keep_softmax.by: recall needs an evaluate.recall_distances of {SHORTEST_COPY} to "
+                f"attention.keep_softmax.by: {keep.by} needs an evaluate.recall_distances of {SHORTEST_COPY} to "
                 f"{self._longest_rank_distance}, by the sequence lengths; add one, or choose by kl"
             )
         if self.attention.feature_map.name == "none" and (self.calibrate.sequences or self.match.tokens):

@@ -1,7 +1,8 @@
 """Which layers, or which kv heads, carry what only softmax can? Measured on a matched model, without training.
 
 Each unit is given its softmax back alone ("singles"); then the best is kept, and the best one to add to it, and so on
-("chain"). A set is measured by copy recall over several distances, by KL to the teacher, and by perplexity.
+("chain"). A set is measured by copy recall over several distances, by KL to the teacher, and by perplexity; the best
+is chosen by recall, by KL, or ("recall_then_kl") by recall in the first half of the chain and by KL in the second.
 
 N rows, T tokens a row, B rows a forward, V vocabulary
 """
@@ -23,6 +24,8 @@ from linearize_eval.recall import copy_recall
 
 FORMAT = 1
 POOL = 24  # units that stand for choice in a round: the best by themselves, so that a choice takes minutes
+# what the first half of a choice makes small, and what the second and the order of those not chosen
+HALVES = {"recall": ("recall", "recall"), "kl": ("kl", "kl"), "recall_then_kl": ("recall", "kl")}
 STATE_TOKENS = 4096  # the length of text at which the table says what a set costs
 RANKING_FILE = "ranking.json"
 
@@ -88,15 +91,24 @@ class Scale:
         return kl, nll
 
 
-def greedy(score: Callable[[list[Unit]], float], singles: dict[Unit, float], count: int) -> list[Unit]:
-    """The chain of `count` units: in each round the one that brings the score of all kept so far lowest.
+def measures(by: str, count: int) -> list[str]:
+    """What each round of a choice of `count` units makes small: recall or kl. The first half is rounded up."""
+    first, second = HALVES[by]
+    return [first] * (count - count // 2) + [second] * (count // 2)
 
-    singles: every unit's score by itself; the best POOL of those not yet kept stand for choice.
+
+def greedy(
+    score: Callable[[list[Unit], str], float], singles: dict[str, dict[Unit, float]], rounds: Iterable[str]
+) -> list[Unit]:
+    """The chain of a unit a round: the one that brings the score of all kept so far, by the round's measure, lowest.
+
+    singles: {measure: every unit's score by itself}; the best POOL of those not yet kept stand for choice.
     """
     chain = []
-    for _ in range(count):
-        pool = [u for u in sorted(singles, key=singles.get) if u not in chain][:POOL]
-        scores = {u: score([*chain, u]) if chain else singles[u] for u in pool}
+    for by in rounds:
+        alone = singles[by]
+        pool = [u for u in sorted(alone, key=alone.get) if u not in chain][:POOL]
+        scores = {u: score([*chain, u], by) if chain else alone[u] for u in pool}
         chain.append(min(pool, key=scores.get))
     return chain
 
@@ -117,8 +129,8 @@ def curve_sizes(num_units: int, count: int, *, whole: bool) -> list[int]:
 def rank(scale: Scale, *, unit: str, by: str, count: int, whole: bool = False) -> dict:
     """Ranks the units of scale.model and chooses `count` of them.
 
-    unit: layer or kv_head; by: recall or kl. whole: measure the curve up to all units kept; beyond `count` units are
-    added in the order of their own scores.
+    unit: layer or kv_head; by: recall, kl or recall_then_kl. whole: measure the curve up to all units kept; beyond
+    `count` units are added in the order of their own scores, that of "singles" (recall_then_kl: by KL).
 
     Returns {"format", "unit", "by", "distances", "teacher", "none", "singles": [figures], "chain": [[layer, head]],
     "curve": [figures], "even": [figures of as many units evenly spaced]}, figures as of `Scale.figures`.
@@ -127,16 +139,17 @@ def rank(scale: Scale, *, unit: str, by: str, count: int, whole: bool = False) -
     with evaluation_mode(model):
         teacher_figures, none = scale.teacher_figures(), scale.figures([])
         singles = {u: scale.figures([u]) for u in units}
-        scores = {u: _score_of(figures, by) for u, figures in singles.items()}
-        chain = greedy(lambda kept: scale.score(kept, by), scores, min(count, len(units)))
-        order = chain + [u for u in sorted(units, key=scores.get) if u not in chain]
+        scores = {m: {u: _score_of(figures, m) for u, figures in singles.items()} for m in HALVES[by]}
+        chain = greedy(scale.score, scores, measures(by, min(count, len(units))))
+        by_themselves = sorted(units, key=scores[HALVES[by][1]].get)
+        order = chain + [u for u in by_themselves if u not in chain]
         sizes = curve_sizes(len(units), len(chain), whole=whole)
         curve = [scale.figures(order[:n]) for n in sizes]
         even = [scale.figures(evenly_spaced(units, n)) for n in sizes]
     return finite(
         {
             "format": FORMAT, "unit": unit, "by": by, "distances": scale.distances, "teacher": teacher_figures,
-            "none": none, "singles": [singles[u] for u in sorted(units, key=scores.get)],
+            "none": none, "singles": [singles[u] for u in by_themselves],
             "chain": [[u.layer, u.head] for u in chain], "curve": curve, "even": even,
         }
     )  # fmt: skip
@@ -149,6 +162,13 @@ def _score_of(figures: dict, by: str) -> float:
     logs = [math.log(c["perplexity"]) for c in figures["copy"]]
     score = sum(logs) / len(logs)
     return score if math.isfinite(score) else math.inf
+
+
+def serves(ranking: dict, *, unit: str, by: str, count: int, distances: list[int]) -> bool:
+    """Whether a ranking's chain begins with the `count` units that `rank` would choose by these settings."""
+    wanted = {"unit": unit, "by": by, "distances": distances}
+    rounds = measures(by, len(ranking["chain"]))[:count]
+    return rounds == measures(by, count) and all(ranking[name] == value for name, value in wanted.items())
 
 
 def chosen_units(ranking: dict, model, count: int) -> list[Unit]:

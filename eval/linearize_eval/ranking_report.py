@@ -11,6 +11,7 @@ from rich.table import Table
 
 from linearize_eval.chart import STYLES
 from linearize_eval.perplexity import position_label
+from linearize_eval.ranking import HALVES
 from linearize_eval.report_text import NOT_FINITE, write_bytes, write_number
 
 SHOWN_SINGLES = 12
@@ -23,10 +24,10 @@ def print_ranking(ranking: dict, console: Console | None = None) -> None:
     unit = unit_name(ranking)
     singles = ranking["singles"]
     shown = singles[:SHOWN_SINGLES]
-    title = f"one {unit} kept in softmax, the best {len(shown)} of {len(singles)} by {ranking['by']}"
+    title = f"one {unit} kept in softmax, the best {len(shown)} of {len(singles)} by {HALVES[ranking['by']][1]}"
     console.print(_table(ranking, title, [(_names(f), f) for f in shown]))
     rows = [(f"{len(f['kept'])}: {_last_names(f, ranking)}", f) for f in ranking["curve"]]
-    title = f"{unit}s kept: greedily up to {len(ranking['chain'])}, then in the order of the singles"
+    title = f"{unit}s kept: greedily by {ranking['by']} up to {len(ranking['chain'])}, then in the order of the singles"
     console.print(_table(ranking, title, rows))
     rows = [(f"{len(f['kept'])} evenly spaced", f) for f in ranking["even"][: max(1, len(ranking["chain"]))]]
     console.print(_table(ranking, "for comparison", rows))
