@@ -93,6 +93,8 @@ def rank_layers(recipe: Recipe, *, force: bool = False) -> Path:
     """
     if recipe.attention.keep_softmax.by == "even":
         raise RecipeError("attention.keep_softmax.by: even measures nothing; rank by recall, kl or recall_then_kl")
+    for problem in recipe.rank_problems():  # also where count is 0, which the recipe alone may be
+        raise RecipeError(problem)
     run = _start(recipe, force=force)
     run.match()
     folder = recipe.output_folder.with_name(recipe.output_folder.name + ".ranking")

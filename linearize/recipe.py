@@ -308,14 +308,19 @@ class Recipe(Section):
         row = self.evaluate.sequence_length
         return min(row - 1, max(self.data.sequence_length, row) // 2)  # a row may begin with a BOS token
 
-    def check(self) -> Iterator[str]:
-        """Settings of different groups that do not go together."""
-        keep = self.attention.keep_softmax
-        if keep.count and keep.by in ("recall", "recall_then_kl") and not self.rank_distances:
+    def rank_problems(self) -> Iterator[str]:
+        """Why nothing could be ranked by these settings."""
+        by = self.attention.keep_softmax.by
+        if by in ("recall", "recall_then_kl") and not self.rank_distances:
             yield (
-                f"attention.keep_softmax.by: {keep.by} needs an evaluate.recall_distances of {SHORTEST_COPY} to "
+                f"attention.keep_softmax.by: {by} needs an evaluate.recall_distances of {SHORTEST_COPY} to "
                 f"{self._longest_rank_distance}, by the sequence lengths; add one, or choose by kl"
             )
+
+    def check(self) -> Iterator[str]:
+        """Settings of different groups that do not go together."""
+        if self.attention.keep_softmax.count:
+            yield from self.rank_problems()
         if self.attention.feature_map.name == "none" and (self.calibrate.sequences or self.match.tokens):
             yield (
                 "attention.feature_map.name: none leaves nothing to calibrate or match; set calibrate.sequences and "

@@ -357,6 +357,13 @@ def test_another_measure_ranks_again_and_finetunes_anew(paths, tmp_path, monkeyp
     assert json.loads((tmp_path / "a" / "out" / "ranking.json").read_text())["by"] == "kl"
 
 
+def test_ranking_by_recall_needs_a_distance(paths, tmp_path, capsys):
+    settings = {"attention.keep_softmax": {"by": "recall"}, "evaluate.recall_distances": [4]}
+    recipe = make_recipe(tmp_path / "a", paths, **settings)  # nothing to choose: right for `convert`
+    assert cli.main(["rank-layers", str(recipe)]) == 2
+    assert "recall needs an evaluate.recall_distances of 16 to" in capsys.readouterr().err
+
+
 def test_even_needs_no_ranking(paths, tmp_path, capsys):
     recipe = make_recipe(tmp_path / "a", paths, **{"attention.keep_softmax": {"count": 1, "by": "even"}})
     assert cli.main(["rank-layers", str(recipe)]) == 2
