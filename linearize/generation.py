@@ -4,6 +4,7 @@ import sys
 
 from .decoding import generate
 from .errors import LinearizeError, ModelError
+from .lengths import max_positions
 from .loading import load
 from .sampling import Sampling
 from .state import State, read
@@ -61,8 +62,8 @@ def generate_text(folder, *, prompts: list[str], max_new_tokens: int = 64, tempe
 
 def _warn_if_long(model, state: State, new: int) -> None:
     """The memory holds any length; whether the model makes sense of it is another matter."""
-    longest, positions = state.lengths.max().item(), getattr(model.config, "max_position_embeddings", None)
-    if positions and longest + new > positions:
+    longest, positions = state.lengths.max().item(), max_positions(model)
+    if longest + new > positions:
         print(f"warning: {longest:,} tokens and {new:,} new ones are more than the {positions:,} positions that the "
               "model was made for", file=sys.stderr)  # fmt: skip
 

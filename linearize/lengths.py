@@ -1,8 +1,15 @@
-"""How long the sequences of a recipe's stages are, how many go into a forward pass, and what does not go together."""
+"""How long texts may be for a model, how long a recipe's stages take them, and what does not go together."""
 
+import math
 from collections.abc import Iterator
 
 SHORTEST_REPEATING = 128  # tokens of a row that repeats a passage
+
+
+def max_positions(model) -> float:
+    """How many tokens a model was made for, by its config; infinity where that does not say."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def length_of(recipe, stage) -> int:

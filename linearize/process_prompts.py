@@ -8,6 +8,7 @@ from string import Formatter
 from tqdm import tqdm
 
 from .errors import DataError
+from .lengths import max_positions
 from .process_files import BrokenRow
 from .state import State
 
@@ -45,7 +46,7 @@ class Prompts:
         return 0 if self.before is None else self.before.tokens.shape[1]
 
     def _check_length(self, length: int) -> None:
-        positions = getattr(self.model.config, "max_position_embeddings", None)
+        positions = max_positions(self.model)
         for most, what in ((positions, "the model's {:,} positions"), (self.max_length, "the {:,} of max_length")):
             if most and self.past + length + self.max_new_tokens > most:
                 raise DataError(

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import linearize
 from linearize.errors import DataError, ModelError
+from linearize.lengths import max_positions
 from linearize.output_head import Halves
 from linearize_eval.chart import draw_report
 from linearize_eval.json_values import finite
@@ -84,13 +85,13 @@ def measure_report(
     Raises DataError if `rows` cannot be measured at all.
     """
     left_out: list[str] = []
-    max_positions = _max_positions(model)
+    positions = max_positions(model)
     plan = _Plan(
         rows=rows,
         edges=position_edges(window, rows.shape[1]),
         far_from=far_start(window, rows.shape[1]),
         bos_token_id=tokenizer.bos_token_id,
-        copies=_copy_distances(rows, recall_distances, tokenizer.bos_token_id, max_positions, left_out),
+        copies=_copy_distances(rows, recall_distances, tokenizer.bos_token_id, positions, left_out),
         batch_tokens=batch_tokens,
         window=window,
         text_rows=None if text is None else text[1],
@@ -98,7 +99,7 @@ def measure_report(
     if key_recall_samples:
         asked = list(itertools.product(recall_distances, key_recall_pairs))
         settings = {"num_samples": key_recall_samples, "seed": seed}
-        plan.samples = _key_samples(tokenizer, rows, asked, settings, max_positions, left_out)
+        plan.samples = _key_samples(tokenizer, rows, asked, settings, positions, left_out)
     return finite(
         {
             "format": FORMAT,
@@ -229,13 +230,7 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _max_positions(model) -> float:
-    """How many tokens the model was made for, by its config; infinity where that does not say."""
-    config = model.config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or math.inf
-
-
-def _copy_distances(rows, distances, bos_token_id, max_positions, left_out) -> list[int]:
+def _copy_distances(rows, distances, bos_token_id, positions, left_out) -> list[int]:
     """The distances that can be measured; why the others cannot goes to `left_out`."""
     kept = []
     for distance in distances:
@@ -244,14 +239,14 @@ def _copy_distances(rows, distances, bos_token_id, max_positions, left_out) -> l
         except DataError as error:
             left_out.append(str(error))
             continue
-        if length > max_positions:
-            left_out.append(f"copy recall over {distance} tokens: {_too_long(length, max_positions)}")
+        if length > positions:
+            left_out.append(f"copy recall over {distance} tokens: {_too_long(length, positions)}")
         else:
             kept.append(distance)
     return kept
 
 
-def _key_samples(tokenizer, rows, asked, settings, max_positions, left_out) -> dict[tuple[int, int], list[KeySample]]:
+def _key_samples(tokenizer, rows, asked, settings, positions, left_out) -> dict[tuple[int, int], list[KeySample]]:
     """Questions by (distance, pairs), built once for all variants; why one is missing goes to `left_out`."""
     kept = {}
     for distance, num_pairs in asked:
@@ -261,15 +256,15 @@ def _key_samples(tokenizer, rows, asked, settings, max_positions, left_out) -> d
             left_out.append(str(error))
             continue
         length = len(samples[0].input_ids)
-        if length > max_positions:
-            left_out.append(f"key recall over {distance} tokens: {_too_long(length, max_positions)}")
+        if length > positions:
+            left_out.append(f"key recall over {distance} tokens: {_too_long(length, positions)}")
         else:
             kept[distance, num_pairs] = samples
     return kept
 
 
-def _too_long(length: int, max_positions: float) -> str:
-    return f"texts of {length} tokens do not fit the model's {max_positions} positions"
+def _too_long(length: int, positions: float) -> str:
+    return f"texts of {length} tokens do not fit the model's {positions} positions"
 
 
 def _memory(state_bytes: int | Callable[[int], int], kv_bytes: Callable[[int], int]) -> dict:

@@ -13,6 +13,7 @@ import itertools
 
 import torch
 
+from .bench_measure import relative
 from .decode import FOLD, feature_order
 from .feature_maps import Taylor
 
@@ -57,7 +58,7 @@ def drift(dtype, *, map_dim: int, mean: float, log_decay: float = 0.0, lengths: 
         norm = fold(norm, features, torch.ones(HEADS, FOLD, 1), kept)
         if count in lengths:
             right, got = (queries @ x.double() / (queries @ norm) for x in (exact, total))
-            errors.append(((got - right).norm() / right.norm()).item())
+            errors.append(relative(got, right))
     return errors
 
 
