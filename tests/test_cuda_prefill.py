@@ -23,12 +23,14 @@ CASES = {
     "small gates": {"length": 200, "gate": -200.0},
     "no far term": {"length": 200, "gate": -torch.inf},
     "segments": {"length": 500, "batch": 2, "segments": 3, "parts": 1},
+    "as it could be built": {"length": 500, "segments": 2, "parts": 3,
+                             "defines": {"SUM_STAGES": 3, "SUM_BLOCKS": 2, "SUM_SPLIT": 2, "EARLY_LOADS": 1}},
     "sums of parts": {"length": 400, "segments": 2, "parts": 2, "sinks": 3},
     **{f"head dim 128, length {t}": {"length": t, "size": 128} for t in (65, 192, 200)},
     "head dim 128, groups": {"length": 140, "size": 128, "heads": 3, "groups": 1},
     "head dim 128, segments": {"length": 330, "size": 128, "segments": 3, "parts": 1},
     "views of padded rows": {"length": 100, "extra": 8},
-}
+}  # fmt: skip
 
 
 def make(length=90, batch=1, heads=1, groups=1, size=64, sinks=4, large=1.0, gate=None, extra=0, device="cpu", seed=0,

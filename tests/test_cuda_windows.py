@@ -12,7 +12,7 @@ import test_cuda_prefill
 import torch
 from test_cuda_prefill import make
 
-from linearize_kernels import cuda, cuda_prefill
+from linearize_kernels import cuda, cuda_prefill, cuda_segments
 from linearize_kernels.cuda_builds import LARGEST_BLOCK, choose_build, lag_of, longest_alike
 
 RECIPE = {"window": 214, "map_dim": 4}
@@ -136,7 +136,7 @@ def test_every_shape_has_a_build():
 
 def test_segments_fill_the_last_wave():
     build = choose_build(64, 4, 214, 4, 3)
-    cuts = functools.partial(cuda_prefill.choose_segments, build=build, device=torch.device("cpu"))  # 2 blocks at once
+    cuts = functools.partial(cuda_segments.choose_segments, build=build, device=torch.device("cpu"))  # 2 blocks at once
     assert cuts(4, 4, 32) == 1  # two full waves
     assert cuts(5, 1, 32) == 2  # 5 half waves for 3 whole ones
     assert cuts(1, 1, 512) == 2 and cuts(1, 1, 15) == 1

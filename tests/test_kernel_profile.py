@@ -1,9 +1,10 @@
-"""What `bench_profile` makes of Nsight Compute's words; without a GPU."""
+"""The modules that tune and profile the CUDA prefill, as far as they run without a GPU."""
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from linearize_kernels import bench_profile  # noqa: E402
+from linearize_kernels import bench_prefill, bench_profile  # noqa: E402
+from linearize_kernels.bench_shapes import SHAPES  # noqa: E402
 
 STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 NAMES = ["ID", "Kernel Name", "gpu__time_duration.sum", "launch__registers_per_thread",
@@ -31,3 +32,13 @@ def test_the_profiler_runs_this_very_call_at_the_clocks_there_are():
     command = bench_profile.profile_command(["backward", "--window", "214"])
     assert command[-4:] == ["backward", "--window", "214", "--once"]
     assert command[command.index("--clock-control") + 1] == "none"
+
+
+def test_ways_to_cut_begin_with_the_chosen_one():
+    s = SHAPES["based"]._replace(B=2, T=32768)
+    ways = bench_prefill.ways(s, 4, 2)
+    assert ways[0] == dict(segments=4, parts=2) and len(ways) == len({str(way) for way in ways})
+    assert {way["segments"] for way in ways} == {1, 2, 4, 5, 8}
+    assert dict(segments=4, parts=2, defines={"SUM_STAGES": 3}) in ways
+    whole = bench_prefill.ways(s._replace(T=64), 1, 2)[1:]
+    assert whole == [dict(segments=1, parts=1), dict(segments=1, parts=2, defines={"EARLY_LOADS": 1})]

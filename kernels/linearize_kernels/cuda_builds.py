@@ -11,12 +11,19 @@ from . import cuda
 CHUNK, HEAD_DIMS, MAP_DIMS, WINDOWS = 64, (64, 128), (4, 8, 16), range(2, 513)
 PROCESSOR_BYTES, LARGEST_BLOCK = 233472, 232448  # shared memory of a Hopper multiprocessor, and of a block of one
 ENOUGH_WARPS = 8  # on a multiprocessor
-ONE_WINDOW_BYTES, ONE_WINDOW_SUMS_BYTES = {64: 111680, 128: 223296}, {64: 29760, 128: 46144}  # of prefill.cu, by D
+ONE_WINDOW_BYTES = {64: 111616, 128: 224512}  # of prefill.cu, by D
+# of its kernel that sums ahead of segments: bytes of a stage and beside them; as in prefill_tiles.cuh
+STAGE_BYTES, MORE_SUMS_BYTES = {64: 11264, 128: 19456}, 10688
+SUM_STAGES, SUM_BLOCKS, SUM_SPLIT = 4, {64: 3, 128: 1}, {64: 1, 128: 2}
+ONE_WINDOW_CHOICES = {"SUM_STAGES", "SUM_BLOCKS", "SUM_SPLIT", "EARLY_LOADS"}
 
 
 @dataclass(frozen=True)
 class Build:
-    """One way to compile. heads: of a block; blocks: of a multiprocessor; sum_floats: of a span in memory."""
+    """One way to compile. heads: of a block; blocks: of a multiprocessor; sum_floats: of a span in memory.
+
+    sum_threads, sum_blocks: likewise of the kernel that sums spans; 0 blocks: not counted.
+    """
 
     source: str
     names: tuple[str, str]
@@ -25,15 +32,18 @@ class Build:
     sums_bytes: int
     sum_floats: int
     threads: int
+    sum_threads: int
+    sum_blocks: int
     heads: int = 1
     blocks: int = 1
     more_arguments: tuple = ()
 
     def kernel(self, **more):
-        return cuda.kernel(self.source, self.names[0], {**self.defines, **more}, self.shared_bytes)
+        defines = {name: value for name, value in self.defines.items() if not name.startswith("SUM_")}
+        return cuda.kernel(self.source, self.names[0], {**defines, **more}, self.shared_bytes)
 
     def sums_kernel(self):
-        about_queries = ("SINKS", "HEADS", "BLOCKS", "SLOTS", "PREFILL_SHARED")  # nothing to it
+        about_queries = ("SINKS", "HEADS", "BLOCKS", "SLOTS", "PREFILL_SHARED", "EARLY_LOADS")  # nothing to it
         defines = {name: value for name, value in self.defines.items() if name not in about_queries}
         return cuda.kernel(self.source, self.names[1], defines, self.sums_bytes)
 
@@ -58,15 +68,12 @@ def choose_build(head_dim: int, map_dim: int, window: int, sinks: int, group: in
     """The build for a shape; group: query heads of a kv head. None is refused in favour of Triton: where that may be
     faster (map dim 16 at another window than 64, above all at head dim 128, where registers spill) is not measured.
 
-    forced, for measurements: HEADS, SLOTS, BLOCKS, or ANY_WINDOW=1 for prefill_windows.cu in place of prefill.cu.
+    forced, for measurements: ONE_WINDOW_CHOICES of prefill.cu; HEADS, SLOTS, BLOCKS of prefill_windows.cu, or
+    ANY_WINDOW=1 for that in place of prefill.cu.
     """
     places = -(-sinks // 8) * 8
-    if (window, map_dim) == (CHUNK, 16) and not forced:
-        return Build(
-            "prefill.cu", ("prefill_kernel", "prefill_sums_kernel"), {"HEAD_DIM": head_dim, "SINKS": places},
-            ONE_WINDOW_BYTES[head_dim], ONE_WINDOW_SUMS_BYTES[head_dim], 160 * head_dim + 272,
-            threads=4 * head_dim, blocks=128 // head_dim,
-        )  # fmt: skip
+    if (window, map_dim) == (CHUNK, 16) and forced.keys() <= ONE_WINDOW_CHOICES:
+        return _one_window(head_dim, places, forced)
     lag = lag_of(window)
     shape = {"MAP_DIM": map_dim, "HEAD_DIM": head_dim, "SINKS": places, "LAG": lag}
     ways = [(heads, slots) for slots in (lag, 2) for heads in (1, 2) if group % heads == 0]
@@ -81,7 +88,19 @@ def choose_build(head_dim: int, map_dim: int, window: int, sinks: int, group: in
         "prefill_windows.cu", ("window_kernel", "window_sums_kernel"),
         {**shape, "SLOTS": slots, "HEADS": heads, "BLOCKS": blocks, "PREFILL_SHARED": shared, "SPAN_SHARED": spans},
         shared, spans, features * head_dim + (4 if map_dim == 16 else 1) * 128,
-        threads=128 * heads, heads=heads, blocks=blocks, more_arguments=(window,),
+        threads=128 * heads, sum_threads=2 * head_dim, sum_blocks=0, heads=heads, blocks=blocks,
+        more_arguments=(window,),
+    )  # fmt: skip
+
+
+def _one_window(head_dim: int, places: int, forced: dict) -> Build:
+    """prefill.cu's build; places: for sinks."""
+    chosen = {"SUM_STAGES": SUM_STAGES, "SUM_BLOCKS": SUM_BLOCKS[head_dim], "SUM_SPLIT": SUM_SPLIT[head_dim]} | forced
+    return Build(
+        "prefill.cu", ("prefill_kernel", "prefill_sums_kernel"),
+        {"HEAD_DIM": head_dim, "SINKS": places, **chosen}, ONE_WINDOW_BYTES[head_dim],
+        STAGE_BYTES[head_dim] * chosen["SUM_STAGES"] + MORE_SUMS_BYTES, 160 * head_dim + 272, threads=4 * head_dim,
+        sum_threads=2 * head_dim * chosen["SUM_SPLIT"], sum_blocks=chosen["SUM_BLOCKS"], blocks=128 // head_dim,
     )  # fmt: skip
 
 

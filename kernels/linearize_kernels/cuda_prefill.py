@@ -12,26 +12,24 @@ import torch
 from torch.nn.functional import pad
 
 from . import cuda
-from .cuda_builds import CHUNK, HEAD_DIMS, WINDOWS, Build, choose_build, padded_map_dim
+from .cuda_builds import CHUNK, HEAD_DIMS, WINDOWS, choose_build, padded_map_dim
+from .cuda_segments import SHORTEST, choose_parts, choose_segments
 from .feature_maps import Taylor
 from .layout import aligned, like, strides
 from .state import State
 
 MOST_MAP_DIM, MOST_SINKS = 16, 16
-PARTS = 2  # sums of one segment
-SHORTEST = 8  # chunks of a segment
-MOST_SEGMENTS = 64  # tried
-SUM_TIME = 1 / 2000  # of a walk, for each kv head that is summed ahead: by bytes, not measured
 FEWEST = 264  # rows times heads with several texts each: two for each multiprocessor of a large GPU
 
 
 def attention_prefill_cuda(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, return_state=True, segments=None,
-                           parts=PARTS, defines=None):  # fmt: skip
+                           parts=None, defines=None):  # fmt: skip
     """A text from its first token, no padding: arguments as `attention_prefill`.
 
     Returns (out [B, H, T, V], State, or None unless return_state).
 
-    segments: so many programs share a text, each after a sum over what precedes it; None: enough to fill the GPU.
+    segments: so many programs share a text, each after a sum over what precedes it, of as many `parts`; None: as
+    cuda_segments.py finds best.
     defines: for measurements, what `choose_build` can be told.
     Arguments must be such that `why_not_text` finds nothing.
     """
@@ -47,7 +45,7 @@ def attention_prefill_cuda(q, k, v, q_far, k_far, gate, *, scaling, window, sink
 
 
 def attention_forward_cuda(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, ends=None, segments=None,
-                           parts=PARTS, defines=None):  # fmt: skip
+                           parts=None, defines=None):  # fmt: skip
     """What a backward needs of the same: (out, rest, both [B, H, T, V] with equal strides, lse [B, H, T] float32).
 
     rest: what rounding took from out. lse: base-2 log of each denominator.
@@ -74,6 +72,7 @@ def _launch(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, segments, pa
     if segments is None and ends is None:
         segments = choose_segments(programs, batch * groups, chunks, build, q.device)
     segments = segments or -(-chunks // SHORTEST)
+    parts = parts or choose_parts(batch * groups, segments, chunks, build, q.device)
     span = -(-chunks // (segments * parts)) * parts
     if ends is None:
         segments = -(-chunks // span)
@@ -82,7 +81,7 @@ def _launch(q, k, v, q_far, k_far, gate, *, scaling, window, sinks, segments, pa
         number = (segments - 1) * parts
         sums = q.new_empty(batch * groups, number, build.sum_floats, dtype=torch.float32)
         build.sums_kernel()(
-            (batch * groups, number, 1), (2 * size, 1, 1), v, mapped, sums, *strides(v, mapped),
+            (batch * groups, number, 1), (build.sum_threads, 1, 1), v, mapped, sums, *strides(v, mapped),
             length, groups, sinks, span // parts,
         )  # fmt: skip
     build.kernel(TRAINING=int(lse is not None), DOCUMENTS=int(ends is not None))(
@@ -142,24 +141,6 @@ def why_not_device(q, k, v, q_far, k_far, gate, *, window, sinks, **_) -> str:
     map_dim, group = padded_map_dim(q_far.shape[-1]), q.shape[1] // k.shape[1]
     needed = choose_build(q.shape[-1], map_dim, window, sinks, group).shared_bytes
     return "" if available >= needed else f"{available} bytes of shared memory a block: {needed} are needed"
-
-
-def choose_segments(programs: int, key_heads: int, chunks: int, build: Build, device) -> int:
-    """Into how many segments each of `programs` texts and heads goes. key_heads: rows times kv heads.
-
-    prefill.cu: so many that the GPU is full. prefill_windows.cu, whose first pass over keys is cheaper: such that the
-    last blocks to start do not leave the GPU empty for long. Times are in walks of a whole text.
-    """
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    places, most = processors * build.blocks, min(max(1, chunks // SHORTEST), MOST_SEGMENTS)
-    if build.source == "prefill.cu":
-        return max(1, min(places // programs, chunks // SHORTEST))
-
-    def walks(segments: int) -> float:
-        first_pass = key_heads * SUM_TIME if segments > 1 else 0
-        return -(-programs * segments // places) * (1 / segments + 1 / chunks) + first_pass
-
-    return min(range(1, most + 1), key=walks)
 
 
 def _widened(x, map_dim: int):

@@ -8,9 +8,9 @@
 //     through the sum S   all chunks before: S = Σ features(k_far) ⊗ v, and the same for 1 instead of v.
 // Four warps attend, 16 rows each. Four warps keep S in registers, add chunk c - 1 for the next step, and load ahead.
 // For 128 values there are twice as many of both, one set for each half of the values.
-// Between barriers A and B the attending warps read S(c) in shared memory, and score exact keys, while the others
-// multiply; between B and A they do everything else, while the others write S(c + 1). Rows of tensors travel by
-// cp.async, a chunk ahead.
+// From barrier A on the attending warps read S(c) in shared memory, while the others add the second half of chunk c - 1;
+// at B, where nobody but them waits, S(c) is read, and they write S(c + 1) and begin with chunk c. Rows of tensors travel
+// by cp.async, a chunk ahead.
 //
 // Features of x [16]: step s = 0 … 8 holds x_i x_(i+s), i = 0 … 15, indices mod 16; step 8 has every product twice, so
 // its upper half holds 1, 0, …, 0 instead; step 9 holds x itself. Squares count half, on the query's side.
@@ -60,7 +60,8 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS + KEEPERS, BLOCKS) prefil
         }
         if (warp < ATTENDERS / 32) {
             // The last rows have the most work: not always on one scheduler. Blocks of one multiprocessor are 132 apart.
-            int block = (blockIdx.x / 132 + warp / 4) & 1 ? 3 - warp % 4 : warp % 4;
+            unsigned number = blockIdx.x + gridDim.x * blockIdx.y;
+            int block = (number / 132 + warp / 4) & 1 ? 3 - warp % 4 : warp % 4;
             long long at = b * o_b + (long long)h * o_h + (long long)from * o_t;
             attend(shared, rows_of(q, b, q_b, h, q_h, from, q_t), rows_of(q_far, b, qf_b, h, qf_h, from, qf_t),
                    gate + b * g_b + (long long)h * g_h + (long long)from * g_t, g_t,
@@ -82,44 +83,68 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS + KEEPERS, BLOCKS) prefil
 }
 
 // What each `span` chunks add to the sums that segments start with: those one before a segment's, as a segment starts
-// with the sum before the chunk before it. Grid (B · G, number of sums), 128 or 256 threads.
-constexpr unsigned SUMS_V_AT = 0, SUMS_K_FAR_AT = HALVES * 2 * TILE, SUMS_TURNED_AT = SUMS_K_FAR_AT + 2 * FAR_TILE,
-                   SUMS_GRAM_AT = SUMS_TURNED_AT + 2 * MAP * TURNED_ROW;
-static_assert(SUMS_GRAM_AT + GRAM_FLOATS * 4 == (HEAD_DIM == 64 ? 29760 : 46144), "cuda_builds.py says so");
+// with the sum before the chunk before it. Grid (B · G, number of sums), SUM_SPLIT times as many threads as keep a sum in
+// the other kernel. Chunks travel SUM_STAGES - 1 ahead, and keys are turned one ahead, so that warps meet once a chunk.
+constexpr int SUMMERS = SUM_SPLIT * KEEPERS, OWN_SUMS = 2 / SUM_SPLIT;
+constexpr unsigned SUMS_RING = SUM_STAGES * TILE, SUMS_K_FAR_AT = HALVES * SUMS_RING,
+                   SUMS_TURNED_AT = SUMS_K_FAR_AT + SUM_STAGES * FAR_TILE,
+                   SUMS_GRAM_AT = SUMS_TURNED_AT + 2 * TURNED_KEYS;
+static_assert(SUMS_GRAM_AT + GRAM_FLOATS * 4 == SUM_STAGES * (HEAD_DIM == 64 ? 11264 : 19456) + 10688,
+              "cuda_builds.py says so");
 
-extern "C" __global__ void __launch_bounds__(KEEPERS, 4 / HALVES) prefill_sums_kernel(
+extern "C" __global__ void __launch_bounds__(SUMMERS, SUM_BLOCKS) prefill_sums_kernel(
     const bf16* v, const bf16* k_far, float* sums, int v_b, int v_h, int v_t, int kf_b, int kf_h, int kf_t, int length,
-    int groups, int sinks, int span) {
+    int groups, int sinks, unsigned span) {
     DYNAMIC_SHARED(shared);
-    int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, half = warp / 4;
+    unsigned thread = threadIdx.x % KEEPERS, share = threadIdx.x / KEEPERS, warp = thread / 32, lane = thread % 32;
+    unsigned side = warp >> 1, column_half = warp / 4;
     long long b = blockIdx.x / groups, kv = blockIdx.x % groups;
     Rows values = {v + b * v_b + kv * v_h, v_t}, keys = {k_far + b * kf_b + kv * kf_h, kf_t};
-    unsigned char* gram = shared + SUMS_GRAM_AT;
-    auto load = [&](int chunk) {
-        int at = (chunk + 1) & 1, token = chunk * CHUNK;
-        copy_tile(shared + SUMS_V_AT + (2 * half + at) * TILE, values, token, CHUNK, sinks, length, 64 * half,
-                  thread % 128);
-        if (warp < 4) copy_far_tile(shared + SUMS_K_FAR_AT + at * FAR_TILE, keys, token, sinks, length, thread);
+    unsigned char *gram = shared + SUMS_GRAM_AT, *far_ring = shared + SUMS_K_FAR_AT, *turned = shared + SUMS_TURNED_AT;
+    bool has_keys = share == SUM_SPLIT - 1 && warp < 4;  // loads and turns them
+    int first = int(blockIdx.y * span) - 1;
+    auto load = [&](unsigned n) {
+        unsigned at = n % SUM_STAGES;
+        int token = (first + int(n)) * CHUNK;
+        if (n < span && share == 0)
+            copy_tile(shared + column_half * SUMS_RING + at * TILE, values, token, CHUNK, sinks, length,
+                      64 * column_half, thread % 128);
+        if (n < span && has_keys) copy_far_tile(far_ring + at * FAR_TILE, keys, token, sinks, length, thread);
+        commit_copies();
     };
-    int first = int(blockIdx.y) * span - 1, end = first + span;
-    load(first);
-    Sum sum;
-    start_sum(sum, gram, sums, 0, thread);
+    auto turn = [&](unsigned n) {
+        if (n < span && has_keys)
+            turn_keys(turned + n % 2 * TURNED_KEYS, far_ring + n % SUM_STAGES * FAR_TILE, warp & 1, warp >> 1, lane);
+    };
+    for (unsigned n = 0; n < SUM_STAGES - 1; n++) load(n);
+    for (int i = threadIdx.x; i < GRAM_FLOATS; i += SUMMERS) reinterpret_cast<float*>(gram)[i] = 0;
+    EntrySum sum[OWN_SUMS] = {};
+    wait_for_groups<SUM_STAGES - 2>();
+    meet();
+    turn(0);
 #pragma unroll 1
-    for (int c = first; c < end; c++) {
-        int at = (c + 1) & 1;
-        wait_for_copies();
+    for (unsigned n = 0; n < span; n++) {
+        wait_for_groups<SUM_STAGES - 3>();
         meet();
-        if (c + 1 < end) load(c + 1);
-        if (warp < 4) turn_keys(shared + SUMS_TURNED_AT, shared + SUMS_K_FAR_AT + at * FAR_TILE, warp, lane);
-        meet();
-        fold(sum, shared + SUMS_V_AT + at * TILE, 2 * TILE, shared + SUMS_TURNED_AT, warp, lane);
-        if (warp == GRAM_WARP) fold_gram(gram, shared + SUMS_K_FAR_AT + at * FAR_TILE, lane);
+        load(n + SUM_STAGES - 1);
+        turn(n + 1);
+        const unsigned char* v_tile = shared + (side >> 1) * SUMS_RING + n % SUM_STAGES * TILE;
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+            unsigned fragments[2][2][4];
+            load_values(fragments, v_tile, part, side, lane);
+#pragma unroll
+            for (int i = 0; i < OWN_SUMS; i++)
+                fold_entries(sum[i], fragments, turned + n % 2 * TURNED_KEYS, part, OWN_SUMS * share + i, warp & 1, lane);
+        }
+        if (threadIdx.x / 32 == n % (SUMMERS / 32)) fold_gram(gram, far_ring + n % SUM_STAGES * FAR_TILE, lane);
     }
     meet();
     float* to = sums + ((long long)blockIdx.x * gridDim.y + blockIdx.y) * (SUM_FLOATS + GRAM_FLOATS);
-    const float* words = &sum[0][0][0];
 #pragma unroll
-    for (int i = 0; i < SUM_FLOATS / KEEPERS; i++) to[i * KEEPERS + thread] = words[i];
-    for (int i = thread; i < GRAM_FLOATS; i += KEEPERS) to[SUM_FLOATS + i] = reinterpret_cast<float*>(gram)[i];
+    for (int i = 0; i < 10 * OWN_SUMS; i++) {
+        const float(&c)[4] = sum[i / 10][i / 5 % 2][i % 5];
+        reinterpret_cast<float4*>(to)[(10 * OWN_SUMS * share + i) * KEEPERS + thread] = make_float4(c[0], c[1], c[2], c[3]);
+    }
+    for (int i = threadIdx.x; i < GRAM_FLOATS; i += SUMMERS) to[SUM_FLOATS + i] = reinterpret_cast<float*>(gram)[i];
 }

@@ -2,19 +2,22 @@
 #pragma once
 
 // S transposed [values, 160 features], split over warps: `half` of the features, `side` says which 32 values.
-// sum[m][n]: C fragment of values 32 side + 16 m, features 80 half + 8 n.
-typedef float Sum[2][10][4];
+// EntrySum: of the entries i from 8 · high on, in `Sum` both. sum[high][m][s]: C fragment of values 32 side + 16 m,
+// step 5 half + s.
+typedef float EntrySum[2][5][4];
+typedef EntrySum Sum[2];
 
-// k_far of a chunk turned: dims become rows. A thread then has 8 tokens of one dim in 16 bytes.
-__device__ __forceinline__ void turn_keys(unsigned char* turned, const unsigned char* far_tile, int warp, int lane) {
-    int part = warp & 1, dims = warp >> 1;
+// k_far of 32 tokens (part 0 or 1 of a chunk) turned: dims become rows. A thread then has 8 tokens of one dim in 16
+// bytes. Two warps, dims 0 … 7 and 8 … 15.
+__device__ __forceinline__ void turn_keys(unsigned char* turned, const unsigned char* far_tile, int part, int dims,
+                                          int lane) {
     int token = 32 * part + 8 * ((lane & 7) >> 1) + 2 * (lane >> 3) + (lane & 1);
     unsigned r[4];
     load_matrices_transposed(r, far_tile + token * FAR_ROW + dims * 16);
     unsigned char* to = turned + (8 * dims + (lane >> 2)) * TURNED_ROW + (4 * part + (lane & 3)) * 16;
     uint4 eight = make_uint4(r[0], r[1], r[2], r[3]);
     *reinterpret_cast<uint4*>(to) = eight;
-    *reinterpret_cast<uint4*>(to + MAP * TURNED_ROW) = eight;
+    if (8 * dims + (lane >> 2) < 9) *reinterpret_cast<uint4*>(to + MAP * TURNED_ROW) = eight;
 }
 
 // The chunk's values [32 of a side, 16 tokens] as A fragments, twice; tokens in the order in which turned keys have
@@ -30,35 +33,35 @@ __device__ __forceinline__ void load_values(unsigned (&a)[2][2][4], const unsign
     }
 }
 
-// sum += valuesᵀ · features of a chunk. v_tile: of the first half of the columns; the second is `ring` bytes further.
-__device__ __forceinline__ void fold(Sum& sum, const unsigned char* v_tile, unsigned ring,
-                                     const unsigned char* turned, int warp, int lane) {
-    int half = warp & 1, side = warp >> 1, g = lane >> 2;
-    v_tile += (side >> 1) * ring;
+// sum += valuesᵀ · features of 32 tokens, part 0 or 1 of a chunk. values: as load_values gives them.
+__device__ __forceinline__ void fold_entries(EntrySum& sum, const unsigned (&values)[2][2][4],
+                                             const unsigned char* turned, int part, int high, int half, int lane) {
+    int g = lane >> 2;
+    const unsigned char* column = turned + (8 * high + g) * TURNED_ROW + (4 * part + (lane & 3)) * 16;
+    uint4 x = *reinterpret_cast<const uint4*>(column);
+    column += 5 * half * TURNED_ROW;
 #pragma unroll
-    for (int part = 0; part < 2; part++) {  // 32 tokens
-        unsigned a[2][2][4];
-        load_values(a, v_tile, part, side, lane);
+    for (int s = 0; s < 5; s++) {
+        uint4 y = *reinterpret_cast<const uint4*>(column + s * TURNED_ROW);
+        uint4 f = make_uint4(multiply_bf16(x.x, y.x), multiply_bf16(x.y, y.y), multiply_bf16(x.z, y.z),
+                             multiply_bf16(x.w, y.w));
+        if (s == 4 && half) f = x;  // step 9: x itself
+        if (s == 3 && high && half) f.x = f.y = f.z = f.w = g == 0 ? ONES : 0;  // the upper half of step 8
 #pragma unroll
-        for (int high = 0; high < 2; high++) {  // entries i from 8 · high on
-            const unsigned char* column = turned + (8 * high + g) * TURNED_ROW + (4 * part + (lane & 3)) * 16;
-            uint4 x = *reinterpret_cast<const uint4*>(column);
-            column += 5 * half * TURNED_ROW;
+        for (int m = 0; m < 2; m++) multiply_add(sum[m][s], values[m][0], f.x, f.y);
 #pragma unroll
-            for (int s = 0; s < 5; s++) {
-                uint4 y = *reinterpret_cast<const uint4*>(column + s * TURNED_ROW);
-                uint4 f = make_uint4(multiply_bf16(x.x, y.x), multiply_bf16(x.y, y.y), multiply_bf16(x.z, y.z),
-                                     multiply_bf16(x.w, y.w));
-                if (s == 4 && half) f = x;  // step 9: x itself
-                if (s == 3 && high && half) f.x = f.y = f.z = f.w = g == 0 ? ONES : 0;  // the upper half of step 8
-                float(&c0)[4] = sum[0][2 * s + high], (&c1)[4] = sum[1][2 * s + high];
-                multiply_add(c0, a[0][0], f.x, f.y);
-                multiply_add(c1, a[1][0], f.x, f.y);
-                multiply_add(c0, a[0][1], f.z, f.w);
-                multiply_add(c1, a[1][1], f.z, f.w);
-            }
-        }
+        for (int m = 0; m < 2; m++) multiply_add(sum[m][s], values[m][1], f.z, f.w);
     }
+}
+
+// The same for all entries. v_tile: of the first half of the columns; the second is `ring` bytes further.
+__device__ __forceinline__ void fold(Sum& sum, const unsigned char* v_tile, unsigned ring,
+                                     const unsigned char* turned, int part, int warp, int lane) {
+    int half = warp & 1, side = warp >> 1;
+    unsigned values[2][2][4];
+    load_values(values, v_tile + (side >> 1) * ring, part, side, lane);
+#pragma unroll
+    for (int high = 0; high < 2; high++) fold_entries(sum[high], values, turned, part, high, half, lane);
 }
 
 constexpr int GRAM_WARP = 4 * (HALVES - 1);  // the warp that does it
@@ -100,7 +103,7 @@ __device__ __forceinline__ void write_sum(unsigned char* shared, const Sum& sum,
     for (int s = 0; s < 5; s++) {
 #pragma unroll
         for (int m = 0; m < 2; m++) {
-            const float(&low)[4] = sum[m][2 * s], (&high)[4] = sum[m][2 * s + 1];
+            const float(&low)[4] = sum[0][m][s], (&high)[4] = sum[1][m][s];
             int part = 4 * (5 * half + s) + 2 * (side & 1) + m;
             *reinterpret_cast<uint4*>(shared + SUM_AT + (side >> 1) * HALF_SUM + (part * 32 + lane) * 16) =
                 make_uint4(pack_bf16(low[0], low[1]), pack_bf16(high[0], high[1]), pack_bf16(low[2], low[3]),
@@ -111,13 +114,16 @@ __device__ __forceinline__ void write_sum(unsigned char* shared, const Sum& sum,
 
 // The sum of the segments before this one, from global memory.
 __device__ __forceinline__ void start_sum(Sum& sum, unsigned char* gram, const float* sums, int num_sums, int thread) {
-    float* words = &sum[0][0][0];
 #pragma unroll
-    for (int i = 0; i < SUM_FLOATS / KEEPERS; i++) words[i] = 0;
+    for (int i = 0; i < 80; i++) (&sum[0][0][0][0])[i] = 0;
     float start[3] = {0, 0, 0};
     for (int s = 0; s < num_sums; s++, sums += SUM_FLOATS + GRAM_FLOATS) {
 #pragma unroll
-        for (int i = 0; i < SUM_FLOATS / KEEPERS; i++) words[i] += sums[i * KEEPERS + thread];
+        for (int i = 0; i < 20; i++) {
+            float4 more = reinterpret_cast<const float4*>(sums)[i * KEEPERS + thread];
+            float(&c)[4] = sum[i / 10][i / 5 % 2][i % 5];
+            c[0] += more.x, c[1] += more.y, c[2] += more.z, c[3] += more.w;
+        }
 #pragma unroll
         for (int i = 0; i < 3; i++)
             if (i * KEEPERS + thread < GRAM_FLOATS) start[i] += sums[SUM_FLOATS + i * KEEPERS + thread];
@@ -143,8 +149,8 @@ __device__ void stage_total(float* staged, const Sum& sum, const float* gram, in
 #pragma unroll
             for (int m = 0; m < 2; m++) {
                 float* at = staged + row * (HEAD_DIM + 1) + 32 * side + 16 * m + g;
-                at[0] = sum[m][n][e] * weight;
-                at[8] = sum[m][n][2 + e] * weight;
+                at[0] = sum[n & 1][m][n / 2][e] * weight;
+                at[8] = sum[n & 1][m][n / 2][2 + e] * weight;
             }
         }
     }
@@ -183,12 +189,13 @@ __device__ __forceinline__ void write_total(float* total, Sum& sum, unsigned cha
 #pragma unroll 1
     for (int again = 0; again < 2; again++) {
         if (again ? rest > 0 : last > 0) {
-            fold(sum, again ? v_now : v_before, RING, shared + TURNED_AT, warp, lane);
+            for (int part = 0; part < 2; part++)
+                fold(sum, again ? v_now : v_before, RING, shared + TURNED_AT, part, warp, lane);
             if (warp == 0) fold_gram(shared + GRAM_AT, again ? far_now : far_before, lane);
         }
         meet();
         if (!again) {
-            if (warp < 4) turn_keys(shared + TURNED_AT, far_now, warp, lane);
+            if (warp < 4) turn_keys(shared + TURNED_AT, far_now, warp & 1, warp >> 1, lane);
             meet();
         }
     }
@@ -203,14 +210,14 @@ __device__ __forceinline__ void keep_sum(unsigned char* shared, Rows k, Rows v, 
                                          int num_sums, float* total, int first, int last, int length, int sinks,
                                          int warp, int lane) {
     int half = warp / 4, in_half = 32 * (warp % 4) + lane;  // of the columns that this thread loads
-    auto load = [&](int chunk, int place) {
+    auto load = [&](int chunk, int place, int in_half) {
         int token = chunk * CHUNK;
         copy_tile(shared + K_AT + half * RING + place * TILE, k, token, CHUNK, 0, length, 64 * half, in_half);
         copy_tile(shared + V_AT + half * RING + place * TILE, v, token, CHUNK, sinks, length, 64 * half, in_half);
         if (warp < 4) copy_far_tile(shared + K_FAR_AT + place * FAR_TILE, k_far, token, sinks, length, in_half);
     };
-    load(first - 1, 0);
-    load(first, 1);
+    load(first - 1, 0, in_half);
+    load(first, 1, in_half);
     if (SINKS) {
         copy_tile(shared + SINK_K_AT + half * SINK_TILE, k, 0, 16, 0, min(sinks, length), 64 * half, in_half);
         copy_tile(shared + SINK_V_AT + half * SINK_TILE, v, 0, 16, 0, min(sinks, length), 64 * half, in_half);
@@ -220,22 +227,34 @@ __device__ __forceinline__ void keep_sum(unsigned char* shared, Rows k, Rows v, 
     write_sum(shared, sum, warp, lane);
     wait_for_copies();
     meet();
-    if (warp < 4) turn_keys(shared + TURNED_AT, shared + K_FAR_AT, warp, lane);
     int before = 0, now = 1;  // places of chunks c - 1 and c in the rings
+    auto turn = [&](int place, int part) {
+        if (warp / 2 == part) turn_keys(shared + TURNED_AT, shared + K_FAR_AT + place * FAR_TILE, part, warp & 1, lane);
+    };
+    auto add = [&](int place, int part) {
+        fold(sum, shared + V_AT + place * TILE, RING, shared + TURNED_AT, part, warp, lane);
+    };
+    turn(before, 0);
+    turn(before, 1);
+    meet();
+    if (first < last) add(before, 0);
 #pragma unroll 1
-    for (int c = first; c < last; c++) {
+    for (int c = first; c < last; c++) {  // chunk c - 1 is added half before A, half after it: others wait for less
         wait_for_copies();
         meet();  // A
-        fold(sum, shared + V_AT + before * TILE, RING, shared + TURNED_AT, warp, lane);
-        meet();  // B
-        load(c + 1, next_in_ring(now));  // later than it could be: fewer registers live in fold
+        if (EARLY_LOADS) load(c + 1, next_in_ring(now), recomputed(in_half));
+        turn(now, 0);
+        add(before, 1);
+        wait_until_read();  // B
+        if (!EARLY_LOADS) load(c + 1, next_in_ring(now), recomputed(in_half));
         write_sum(shared, sum, warp, lane);
         if (warp == GRAM_WARP) fold_gram(shared + GRAM_AT, shared + K_FAR_AT + before * FAR_TILE, lane);
-        if (warp < 4) turn_keys(shared + TURNED_AT, shared + K_FAR_AT + now * FAR_TILE, warp, lane);
+        turn(now, 1);
         before = now, now = next_in_ring(now);
+        if (c + 1 < last) add(before, 0);
     }
     wait_for_copies();
     meet();  // A
-    meet();  // B
+    wait_until_read();  // B
     if (total) write_total(total, sum, shared, last, before, now, length - CHUNK + 1, sinks, warp, lane);
 }

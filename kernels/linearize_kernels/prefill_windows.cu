@@ -201,7 +201,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) window_kernel(
     bool writes = !TRAINING && segment == segments - 1 && leader % group == 0;
     // The last rows have other work than the first: not always on one scheduler. Blocks of one multiprocessor are 132
     // apart.
-    int block = (blockIdx.x / 132 + warp / 4) & 1 ? 3 - warp % 4 : warp % 4;
+    unsigned number = blockIdx.x + gridDim.x * blockIdx.y;
+    int block = (number / 132 + warp / 4) & 1 ? 3 - warp % 4 : warp % 4;
     unsigned char* q_tile = shared + Q_AT + warp / 4 * HALVES * TILE;
     unsigned char* far_rows = shared + Q_FAR_AT + (CHUNK * (warp / 4) + 16 * block) * FAR_ROW;
     int from = 0, limit = 0;  // where this text begins; the last one of this block begins before `limit`

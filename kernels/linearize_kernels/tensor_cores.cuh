@@ -67,18 +67,38 @@ inline void load_matrices_transposed(unsigned (&r)[4], const unsigned char* row)
 // A copy lands as late as it may: where its thread waits.
 struct PendingCopy { unsigned char* to; const void* from; int bytes; };
 inline std::vector<PendingCopy> pending_copies[1024];
+inline std::vector<size_t> copies_at_commit[1024];  // how many were pending when a group was closed
 
 template <int BYTES = 16> void copy_async(unsigned char* to, const void* from, bool real) {
     if (uintptr_t(to) % BYTES || uintptr_t(from) % BYTES) emulator::fail("an asynchronous copy off %d bytes", BYTES);
     pending_copies[emulator::thread()].push_back({to, real ? from : nullptr, BYTES});
 }
 
-inline void wait_for_copies() {
-    for (PendingCopy& copy : pending_copies[emulator::thread()]) {
-        if (copy.from) memcpy(copy.to, copy.from, copy.bytes);
-        else memset(copy.to, 0, copy.bytes);
+inline void land_copies(size_t count) {
+    auto& pending = pending_copies[emulator::thread()];
+    for (size_t i = 0; i < count; i++) {
+        if (pending[i].from) memcpy(pending[i].to, pending[i].from, pending[i].bytes);
+        else memset(pending[i].to, 0, pending[i].bytes);
     }
-    pending_copies[emulator::thread()].clear();
+    pending.erase(pending.begin(), pending.begin() + count);
+}
+
+inline void wait_for_copies() {
+    land_copies(pending_copies[emulator::thread()].size());
+    copies_at_commit[emulator::thread()].clear();
+}
+
+inline void commit_copies() {
+    copies_at_commit[emulator::thread()].push_back(pending_copies[emulator::thread()].size());
+}
+
+template <int LEFT> inline void wait_for_groups() {
+    auto& commits = copies_at_commit[emulator::thread()];
+    if (commits.size() <= LEFT) return;
+    size_t groups = commits.size() - LEFT, landed = commits[groups - 1];
+    land_copies(landed);
+    commits.erase(commits.begin(), commits.begin() + groups);
+    for (size_t& count : commits) count -= landed;
 }
 
 #else
@@ -151,5 +171,13 @@ template <int BYTES = 16> __device__ __forceinline__ void copy_async(unsigned ch
 }
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// This thread's copies since the last call become a group.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// As wait_for_copies, but the newest LEFT groups may still be on their way.
+template <int LEFT> __device__ __forceinline__ void wait_for_groups() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
+}
 
 #endif
