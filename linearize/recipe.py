@@ -219,6 +219,9 @@ class RunSettings(Section):
     cuda_graph: bool | None = setting(
         None, help="training's micro-batches as a CUDA graph, for the time of launches; null: on a GPU, where it can be"
     )
+    softmax_by_text: bool | None = setting(
+        None, help="training's softmax over each text of packed rows, without a mask; null: on a GPU, where it can"
+    )
     checkpoint_every: int = setting(50, help="steps between checkpoints to resume from", minimum=1)
     trackers: list[str] = setting([], help="accelerate's trackers: tensorboard, wandb, ...", unique=True)
 

@@ -73,6 +73,12 @@ class PackedSequences:
         """The same sequences, a share of which repeats a passage; see `RepeatedPassages`. Nothing is copied."""
         return replace(self, repeated=RepeatedPassages(share, seed) if share else None)
 
+    def texts_of_rows(self) -> np.ndarray:
+        """[rows] int64: how many texts each packed row holds; a rest of one is one."""
+        row, place = np.divmod(self.document_starts, self.sequence_length)
+        inside = row[(place > 0) & (row < len(self))]
+        return 1 + np.bincount(inside, minlength=len(self))
+
     def _packed_row(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         first = row * self.sequence_length
         tokens = np.array(self.tokens[first : first + self.sequence_length], dtype=np.int64)
@@ -137,6 +143,19 @@ class TokenData:
 def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What a model's forward takes of a batch of `PackedSequences`: everything but the labels."""
     return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+def text_bounds(position_ids: torch.Tensor, most: int) -> torch.Tensor | None:
+    """[most + 1] int32: where each text of packed rows begins and the last one ends, the rows one after the other.
+
+    position_ids [B, T]: a text begins where they do not go on by one, and every row. Places of texts that are not there
+    are empty texts at the end; None if there are more than `most`. Waits for the device.
+    """
+    begins = torch.nn.functional.pad(position_ids.diff(dim=1) != 1, [1, 0], value=True)
+    starts = begins.flatten().nonzero()[:, 0]
+    if len(starts) > most:
+        return None
+    return torch.nn.functional.pad(starts, [0, most + 1 - len(starts)], value=position_ids.numel()).int()
 
 
 def batch_indices(num_sequences: int, *, batch_size: int, step: int, seed: int) -> list[int]:

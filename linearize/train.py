@@ -22,6 +22,8 @@ from .compiled_layers import CompiledLayers, pays
 from .errors import TrainingError
 from .run_log import RunLog
 from .sequences import PackedSequences, TokenData, batch_indices
+from .softmax_by_text import SoftmaxByText
+from .softmax_by_text import why_not as why_not_by_text
 from .variants import dropped_window
 
 
@@ -75,6 +77,7 @@ def train(stage: Stage, data: TokenData, settings, *, run, accelerator, folder: 
     loop = _Loop(stage, data, settings, run, accelerator, folder, log)
     loop.resume()
     loop.compile()
+    loop.take_texts()
     loop.record()
     loop.train()
     return loop.result()
@@ -102,6 +105,7 @@ class _Loop:
         self.parameters = [p for g in stage.groups for p in g.parameters]
         self.compiled, self.has_run_compiled = nullcontext, False  # makes the context in which a micro-batch trains
         self.train_batch, self.graph = self.run_compiled, None  # how a micro-batch runs with gradients
+        self.by_text = None  # a SoftmaxByText
         self.step, self.bad_evaluations, self.finished = 0, 0, False
         self.first_error, self.best_error, self.best_step, self.best = math.inf, math.inf, 0, None
 
@@ -113,6 +117,17 @@ class _Loop:
         if chosen and not self.finished:
             self.compiled = CompiledLayers(self.stage.model).on
             self.log.say(f"{self.stage.name}: layers are compiled in the first step (run.compile: false: never)")
+
+    def take_texts(self) -> None:
+        """Has softmax go text by text where `run.softmax_by_text` says so, or says nothing and it can."""
+        reason = why_not_by_text(self.accelerator.device, self.stage.model, self.data.train)
+        if self.run.softmax_by_text and reason:
+            raise TrainingError(f"run.softmax_by_text: not in {self.stage.name}: {reason}. Set it to null.")
+        if self.run.softmax_by_text is not False and not reason and not self.finished:
+            self.by_text = SoftmaxByText(self.stage.model, self.data.train)
+            most = self.by_text.most(self.run.micro_batch)
+            words = f"in micro-batches of up to {most} texts (run.softmax_by_text: false: never); others take a mask"
+            self.log.say(f"{self.stage.name}: softmax goes text by text {words}")
 
     def record(self) -> None:
         """Has micro-batches recorded as a CUDA graph where `run.cuda_graph` says so, or says nothing and it can be."""
@@ -192,11 +207,14 @@ class _Loop:
         mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
         batches = list(_micro_batches(sequences, mine, self.run.micro_batch))
         terms = self.num_terms(batches)
+        if self.by_text:
+            batches = [self.by_text.bounded(batch, always=backward and self.graph is not None) for batch in batches]
         batches = [{name: t.to(self.accelerator.device) for name, t in batch.items()} for batch in batches]
         scale = torch.tensor(1 / max(terms, 1), device=self.accelerator.device)
         names, total = [], 0
         for batch in batches:
-            with dropped_window(self.stage.model, self.window_dropout() if backward else 0):
+            by_text = self.by_text.on(batch) if self.by_text else nullcontext()
+            with dropped_window(self.stage.model, self.window_dropout() if backward else 0), by_text:
                 figures = (
                     self.train_batch(batch, scale=scale)
                     if backward

@@ -64,7 +64,7 @@ def test_a_profile_shows_operators_of_two_more_steps(capsys):
 
 def test_the_command_measures_every_combination(monkeypatch, capsys, tmp_path):
     def measured(stage, name, config, *, batch, length, documents, window, map_dim, compile, **options):
-        assert options == dict(steps=10, profile=False) and config.head_dim == 64
+        assert options == dict(steps=10, by_text=None, profile=False) and config.head_dim == 64
         assert (documents, window, map_dim) == (4, 214, 4)
         if batch == 8:
             raise torch.OutOfMemoryError

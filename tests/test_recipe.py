@@ -29,8 +29,8 @@ finetune.weight_decay finetune.clip finetune.evaluate_every finetune.patience fi
 finetune.repeated_passages finetune.train finetune.maps_lr
 finetune.lora.rank finetune.lora.alpha
 finetune.lora.dropout finetune.lora.targets finetune.loss.ce finetune.loss.kl
-run.seed run.device run.micro_batch run.gradient_checkpointing run.compile run.cuda_graph run.checkpoint_every
-run.trackers
+run.seed run.device run.micro_batch run.gradient_checkpointing run.compile run.cuda_graph run.softmax_by_text
+run.checkpoint_every run.trackers
 evaluate.sequences evaluate.sequence_length evaluate.text evaluate.recall_distances evaluate.key_recall_samples
 evaluate.key_recall_pairs evaluate.baseline evaluate.tasks evaluate.task_path evaluate.task_limit
 output.folder output.dtype

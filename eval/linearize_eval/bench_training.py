@@ -1,7 +1,8 @@
 """Speed and memory of matching and finetuning on models of random weights, with and without torch.compile.
 
     python -m linearize_eval.bench_training [--stages match,finetune] [--shapes 135m,1b] [--batches 4,16,64]
-        [--length 2048] [--documents 1] [--window 64] [--map-dim 16] [--compile no,yes] [--profile] [--csv FILE]
+        [--length 2048] [--documents 1] [--window 64] [--map-dim 16] [--compile no,yes] [--by-text yes] [--profile]
+        [--csv FILE]
 
 It runs `linearize.train.train` with a stage, as a conversion does: a whole step reads its batch, runs the bfloat16
 model forward and backward (in matching each layer's inside the teacher's forward; in finetuning LoRA of rank 32 on all
@@ -55,6 +56,7 @@ SHAPES = {  # of SmolLM2-135M and Llama-3.2-1B
 }  # fmt: skip
 NEVER = 10**9
 STAGES = ("match", "finetune")
+BY_TEXT = {"auto": None, "yes": True, "no": False}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -78,11 +80,11 @@ class Speed(NamedTuple):
 
 def measure_training(stage: str, name: str, config: LlamaConfig, *, batch: int, length: int, steps: int = 10,
                      skip: int = 3, documents: int = 1, window: int = 64, map_dim: int = 16, compile: bool = False,
-                     profile: bool = False, device: str = "cuda") -> Speed:  # fmt: skip
+                     by_text: bool | None = None, profile: bool = False, device: str = "cuda") -> Speed:  # fmt: skip
     """Trains a random bfloat16 model of this config for `steps` steps; figures are of those after `skip`.
 
-    stage: one of STAGES. window, map_dim: of every layer's attention. profile: prints where the time of two more steps
-    goes. Raises ValueError where no step counts.
+    stage: one of STAGES. window, map_dim: of every layer's attention. by_text: `run.softmax_by_text`. profile: prints
+    where the time of two more steps goes. Raises ValueError where no step counts.
     """
     if not 0 <= skip < steps:
         raise ValueError(f"{steps} steps, of which {skip} are not counted: none is left")
@@ -102,7 +104,9 @@ def measure_training(stage: str, name: str, config: LlamaConfig, *, batch: int, 
         with fused_norms(made.model):
             train(
                 made, data, settings, accelerator=Accelerator(cpu=device == "cpu"), folder=Path(folder), log=log,
-                run=RunSettings(micro_batch=batch, checkpoint_every=NEVER, compile=compile),
+                run=RunSettings(
+                    micro_batch=batch, checkpoint_every=NEVER, compile=compile, softmax_by_text=by_text
+                ),
             )  # fmt: skip
         log.close()
         records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -166,10 +170,10 @@ def _measure(cell, choice) -> Speed:
     settings = dict(
         batch=batch, length=choice.length, documents=choice.documents, window=choice.window, map_dim=choice.map_dim
     )
-    compile = compile == "yes"
+    compile, options = compile == "yes", dict(steps=choice.steps, by_text=BY_TEXT[choice.by_text])
     try:
         row = measure_training(
-            stage, shape, config, **settings, steps=choice.steps, compile=compile, profile=choice.profile
+            stage, shape, config, **settings, **options, compile=compile, profile=choice.profile
         )
     except torch.OutOfMemoryError:
         row = Speed(stage, shape, **settings, compiled=compile)
@@ -199,6 +203,7 @@ def _parse(arguments):
     parser.add_argument("--window", type=positive, default=64, help="tokens that are attended to exactly")
     parser.add_argument("--map-dim", type=positive, default=16, help="of the far term's map")
     parser.add_argument("--compile", type=_some_of(("no", "yes")), default=["no", "yes"], help="no, yes or both")
+    parser.add_argument("--by-text", choices=list(BY_TEXT), default="auto", help="softmax of packed rows text by text")
     parser.add_argument("--steps", type=positive, default=10, help="steps of a run; three are not counted")
     parser.add_argument("--profile", action="store_true", help="print the kernels that take most of the GPU's time")
     parser.add_argument("--csv", help="also write the table here")
