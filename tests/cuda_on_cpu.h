@@ -72,7 +72,7 @@ struct Warp {
 
 inline std::vector<Fiber> fibers;
 inline std::vector<Warp> warps;
-inline Barrier block, named;  // named: barrier 1 of the block's threads, some of which only arrive
+inline Barrier block;
 inline Fiber* current;
 inline jmp_buf scheduler;
 inline std::function<void()> body;
@@ -112,18 +112,6 @@ __attribute__((noinline)) inline void wait(Barrier& barrier, const char* file, i
 }
 
 inline void block_barrier(const char* file, int line) { wait(block, file, line); }
-
-constexpr char NAMED[] = "barrier 1";
-inline void wait_named() { wait(named, NAMED, 1); }
-
-// Arrives and goes on at once; in the other order of threads, as late as it may: when all have arrived.
-inline void arrive_named() {
-    if (reversed) return wait_named();
-    if (named.arrived == 0) named.file = NAMED, named.line = 1;
-    if (++named.arrived < named.expected) return;
-    named.arrived = 0;
-    named.generation++;
-}
 
 inline int thread() { return int(current - fibers.data()); }
 inline int lane() { return thread() % 32; }
@@ -189,7 +177,7 @@ inline int run_block() {
 inline void prepare(int threads) {
     fibers.resize(threads);
     warps.resize(threads / 32);
-    block = named = Barrier{threads};
+    block = Barrier{threads};
     for (Warp& warp : warps) warp.barrier = Barrier{32};
     for (int i = 0; i < threads; i++) {
         Fiber& f = fibers[i];

@@ -24,7 +24,7 @@ CASES = {
     "no far term": {"length": 200, "gate": -torch.inf},
     "segments": {"length": 500, "batch": 2, "segments": 3, "parts": 1},
     "as it could be built": {"length": 500, "segments": 2, "parts": 3,
-                             "defines": {"SUM_STAGES": 3, "SUM_BLOCKS": 2, "SUM_SPLIT": 2, "EARLY_LOADS": 1}},
+                             "defines": {"SUM_STAGES": 3, "SUM_BLOCKS": 2, "SUM_SPLIT": 2}},
     "sums of parts": {"length": 400, "segments": 2, "parts": 2, "sinks": 3},
     **{f"head dim 128, length {t}": {"length": t, "size": 128} for t in (65, 192, 200)},
     "head dim 128, groups": {"length": 140, "size": 128, "heads": 3, "groups": 1},

@@ -1,8 +1,8 @@
 """How the CUDA prefill cuts texts, and ways to build it: `python -m linearize_kernels.bench_prefill`.
 
 Each way is checked against float64, then timed without a state, whole and by kernel (milliseconds); the fastest with a
-state too. What wins goes to cuda_segments.py (segments, parts), cuda_builds.py (SUM_…) and
-prefill_tiles.cuh (EARLY_LOADS). The first way is what is chosen now.
+state too. What wins goes to cuda_segments.py (segments, parts), cuda_builds.py (SUM_…). The
+first way is what is chosen now.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from .cuda_builds import CHUNK, choose_build
 from .cuda_prefill import attention_prefill_cuda
 from .cuda_segments import SHORTEST, choose_parts, choose_segments
 
-MAIN_BUILDS = [{"EARLY_LOADS": 1}]
 SUM_BUILDS = [
     {"SUM_STAGES": 3}, {"SUM_STAGES": 5}, {"SUM_SPLIT": 1}, {"SUM_SPLIT": 2}, {"SUM_SPLIT": 2, "SUM_BLOCKS": 2},
     {"SUM_SPLIT": 1, "SUM_BLOCKS": 4},
@@ -30,7 +29,7 @@ def ways(s: Shape, segments: int, parts: int) -> list[dict]:
     cuts = [n for n in (1, segments // 2, segments, segments + 1, 2 * segments) if 1 <= n <= max(1, most)]
     tried = [dict(segments=segments, parts=parts)]
     tried += [dict(segments=n, parts=m) for n in cuts for m in ((1, 2, 3, 4, 6, 8) if n > 1 else (1,))]
-    builds = MAIN_BUILDS + (SUM_BUILDS if segments > 1 else [])
+    builds = SUM_BUILDS if segments > 1 else []
     tried += [dict(segments=segments, parts=parts, defines=build) for build in builds]
     return [way for n, way in enumerate(tried) if way not in tried[:n]]
 

@@ -11,11 +11,11 @@ from . import cuda
 CHUNK, HEAD_DIMS, MAP_DIMS, WINDOWS = 64, (64, 128), (4, 8, 16), range(2, 513)
 PROCESSOR_BYTES, LARGEST_BLOCK = 233472, 232448  # shared memory of a Hopper multiprocessor, and of a block of one
 ENOUGH_WARPS = 8  # on a multiprocessor
-ONE_WINDOW_BYTES = {64: 111616, 128: 224512}  # of prefill.cu, by D
+ONE_WINDOW_BYTES = {64: 110336, 128: 221952}  # of prefill.cu, by D
 # of its kernel that sums ahead of segments: bytes of a stage and beside them; as in prefill_tiles.cuh
 STAGE_BYTES, MORE_SUMS_BYTES = {64: 11264, 128: 19456}, 10688
 SUM_STAGES, SUM_BLOCKS, SUM_SPLIT = 4, {64: 3, 128: 1}, {64: 1, 128: 2}
-ONE_WINDOW_CHOICES = {"SUM_STAGES", "SUM_BLOCKS", "SUM_SPLIT", "EARLY_LOADS"}
+ONE_WINDOW_CHOICES = {"SUM_STAGES", "SUM_BLOCKS", "SUM_SPLIT"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Build:
         return cuda.kernel(self.source, self.names[0], {**defines, **more}, self.shared_bytes)
 
     def sums_kernel(self):
-        about_queries = ("SINKS", "HEADS", "BLOCKS", "SLOTS", "PREFILL_SHARED", "EARLY_LOADS")  # nothing to it
+        about_queries = ("SINKS", "HEADS", "BLOCKS", "SLOTS", "PREFILL_SHARED")  # nothing to it
         defines = {name: value for name, value in self.defines.items() if name not in about_queries}
         return cuda.kernel(self.source, self.names[1], defines, self.sums_bytes)
 

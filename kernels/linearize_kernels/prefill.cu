@@ -8,9 +8,9 @@
 //     through the sum S   all chunks before: S = Σ features(k_far) ⊗ v, and the same for 1 instead of v.
 // Four warps attend, 16 rows each. Four warps keep S in registers, add chunk c - 1 for the next step, and load ahead.
 // For 128 values there are twice as many of both, one set for each half of the values.
-// From barrier A on the attending warps read S(c) in shared memory, while the others add the second half of chunk c - 1;
-// at B, where nobody but them waits, S(c) is read, and they write S(c + 1) and begin with chunk c. Rows of tensors travel
-// by cp.async, a chunk ahead.
+// Between barriers A and B the attending warps read S(c) in shared memory, and score exact keys, while the others
+// multiply; between B and A they do everything else, while the others write S(c + 1). Rows of tensors travel by
+// cp.async, a chunk ahead.
 //
 // Features of x [16]: step s = 0 … 8 holds x_i x_(i+s), i = 0 … 15, indices mod 16; step 8 has every product twice, so
 // its upper half holds 1, 0, …, 0 instead; step 9 holds x itself. Squares count half, on the query's side.
@@ -60,8 +60,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS + KEEPERS, BLOCKS) prefil
         }
         if (warp < ATTENDERS / 32) {
             // The last rows have the most work: not always on one scheduler. Blocks of one multiprocessor are 132 apart.
-            unsigned number = blockIdx.x + gridDim.x * blockIdx.y;
-            int block = (number / 132 + warp / 4) & 1 ? 3 - warp % 4 : warp % 4;
+            int block = (blockIdx.x / 132 + warp / 4) & 1 ? 3 - warp % 4 : warp % 4;
             long long at = b * o_b + (long long)h * o_h + (long long)from * o_t;
             attend(shared, rows_of(q, b, q_b, h, q_h, from, q_t), rows_of(q_far, b, qf_b, h, qf_h, from, qf_t),
                    gate + b * g_b + (long long)h * g_h + (long long)from * g_t, g_t,

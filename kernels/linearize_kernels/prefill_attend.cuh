@@ -156,7 +156,8 @@ __device__ __forceinline__ void far_weights(Scores& weights, float (&total)[2], 
         for (int i = 0; i < 8; i++)
             if (score_key(i, t) < first) weights[i] = 0;
     }
-    add_rows(total, weights, 8);
+#pragma unroll
+    for (int i = 0; i < 8; i++) total[score_row(i)] += weights[i];
 }
 
 // Rows of out and rest, through shared memory, so that a row is one run of 128 bytes.
@@ -175,7 +176,7 @@ __device__ __forceinline__ void store_rows(const Results& to, int column, unsign
                 float low = acc[n][2 * r] * inverse[r], high = acc[n][2 * r + 1] * inverse[r];
                 unsigned pair = pack_bf16(low, high);
                 if (lost) pair = pack_bf16(low - low_float(pair), high - high_float(pair));
-                *reinterpret_cast<unsigned*>(staged + (g + 8 * r) * OUT_ROW + 16 * n + 4 * t) = pair;
+                *reinterpret_cast<unsigned*>(staged + (tile_place(g + 8 * r, 0) ^ (n << 4)) + 4 * t) = pair;
             }
         __syncwarp();
         bf16* rows = (lost ? to.rest : to.out) + column;
@@ -184,7 +185,7 @@ __device__ __forceinline__ void store_rows(const Results& to, int column, unsign
             int row = 4 * i + lane / 8, piece = lane % 8;
             if (token + row < length)
                 *reinterpret_cast<uint4*>(rows + (long long)(token + row) * to.stride + piece * 8) =
-                    *reinterpret_cast<const uint4*>(staged + row * OUT_ROW + piece * 16);
+                    *reinterpret_cast<const uint4*>(staged + tile_place(row, piece));
         }
     }
 }
@@ -230,70 +231,57 @@ __device__ __forceinline__ void attend_pairs(float (&acc)[8][4], float (&total)[
 #pragma unroll 1
     for (int tile = 0; tile < block; tile++) {
         Scores far;
-        unsigned columns[4][4];  // asked for before the weights are known
-#pragma unroll
-        for (int pair = 0; pair < 4; pair++)
-            load_matrices_transposed(columns[pair], values + before * TILE + tile * 2048 +
-                                                        (value_place(tile % 2 * 64, lane) ^ (pair << 5)));
         far_weights(far, total, q_far, far_tile + 16 * tile * FAR_ROW, far_weight, first_key - 16 * tile, false, lane);
         pack_weights(weights, far);
-#pragma unroll
-        for (int pair = 0; pair < 4; pair++) add_columns(acc, weights, columns[pair], pair);
+        add_values(acc, weights, values + before * TILE + tile * 2048, tile % 2 * 64, lane);
     }
 }
 
 // The role of half the warps: rows 16 block … of every chunk, columns 64 half … of the values.
 __device__ __forceinline__ void attend(unsigned char* shared, Rows q, Rows q_far, const float* gate, int gate_stride,
                                        const Results& results, int first, int last, int length, int sinks,
-                                       float scale, int block, int half, int own_lane) {
-    int row = 16 * block, lane = own_lane;
+                                       float scale, int block, int half, int lane) {
+    int row = 16 * block, g = lane >> 2, t = lane & 3;
     unsigned char* far_rows = shared + Q_FAR_AT + (CHUNK * half + row) * Q_FAR_ROW;
-    unsigned char* staged = shared + OUT_AT + (CHUNK * half + row) * OUT_ROW;
-    unsigned char* gates = shared + GATE_AT + (CHUNK * half + row) * 4;
+    unsigned char* staged = shared + OUT_AT + half * TILE + row * 128;
     auto q_tile = [&](int c) { return shared + Q_AT + (HALVES > 1 ? c % 2 * HALVES : 0) * TILE; };
-    auto load_queries = [&](int c, int lane) {
+    auto load_queries = [&](int c) {
         Rows columns = {q.at + 64 * half, q.stride};
         copy_queries(q_tile(c) + half * TILE, columns, row, c * CHUNK + row, length, lane);
     };
-    load_queries(first, lane);
+    load_queries(first);
     copy_far_queries(far_rows, q_far, 0, first * CHUNK + row, length, lane);
-    copy_gates(gates, gate, gate_stride, first * CHUNK + row, length, lane);
     wait_for_copies();
     meet();
-    meet();  // keys of the first sum are turned
     int before = 0;  // place of chunk c - 1 in the rings
 #pragma unroll 1
     for (int c = first; c <= last; c++) {
-        int lane = recomputed(own_lane) & 31, g = lane >> 2, t = lane & 3, token = c * CHUNK + row;
+        int token = c * CHUNK + row;
         float acc[8][4] = {}, total[2] = {}, shift[2], far_gate[2];
-        wait_for_copies();
-        meet();  // A
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int query = token + g + 8 * r;
             bool sees_far = query < length && query - CHUNK >= sinks;
-            float its_gate = *reinterpret_cast<const float*>(gates + 4 * (g + 8 * r));
-            far_gate[r] = sees_far ? its_gate * 1.4426950408889634f : -INFINITE;
+            far_gate[r] = sees_far ? gate[(long long)query * gate_stride] * 1.4426950408889634f : -INFINITE;
         }
-        if (HALVES > 1 && c < last) load_queries(c + 1, lane);
+        wait_for_copies();
+        meet();  // A
+        if (HALVES > 1 && c < last) load_queries(c + 1);
         unsigned x[4];
         load_matrices(x, far_rows + (lane & 15) * Q_FAR_ROW + (lane >> 4) * 16);
         if (c > 1) {
             read_sum(acc, total, shared, far_rows, SUM_AT + half * HALF_SUM, lane);
             if (t == 0) total[0] += (c - 1) * CHUNK - sinks, total[1] += (c - 1) * CHUNK - sinks;
         }
-        sum_is_read();  // B
         __syncwarp();
-        if (c < last) {
-            copy_far_queries(far_rows, q_far, 0, token + CHUNK, length, lane);
-            copy_gates(gates, gate, gate_stride, token + CHUNK, length, lane);
-        }
+        if (c < last) copy_far_queries(far_rows, q_far, 0, token + CHUNK, length, lane);
         Scores scores[5] = {}, sink = {};
         Tiles tiles;
         find_tiles(tiles, before, block);
         exact_scores(scores, sink, shared, q_tile(c), tiles, block, lane);
         __syncwarp();
-        if (HALVES == 1 && c < last) load_queries(c + 1, lane);
+        if (HALVES == 1 && c < last) load_queries(c + 1);
+        meet();  // B; q kᵀ before it is faster
         mask_scores(scores, sink, c, block, sinks, lane);
         attend_pairs(acc, total, shift, scores, sink, x, far_gate, shared, shared + K_FAR_AT + before * FAR_TILE,
                      tiles, before, sinks - (c - 1) * CHUNK, block, half, scale, lane);

@@ -210,14 +210,14 @@ __device__ __forceinline__ void keep_sum(unsigned char* shared, Rows k, Rows v, 
                                          int num_sums, float* total, int first, int last, int length, int sinks,
                                          int warp, int lane) {
     int half = warp / 4, in_half = 32 * (warp % 4) + lane;  // of the columns that this thread loads
-    auto load = [&](int chunk, int place, int in_half) {
+    auto load = [&](int chunk, int place) {
         int token = chunk * CHUNK;
         copy_tile(shared + K_AT + half * RING + place * TILE, k, token, CHUNK, 0, length, 64 * half, in_half);
         copy_tile(shared + V_AT + half * RING + place * TILE, v, token, CHUNK, sinks, length, 64 * half, in_half);
         if (warp < 4) copy_far_tile(shared + K_FAR_AT + place * FAR_TILE, k_far, token, sinks, length, in_half);
     };
-    load(first - 1, 0, in_half);
-    load(first, 1, in_half);
+    load(first - 1, 0);
+    load(first, 1);
     if (SINKS) {
         copy_tile(shared + SINK_K_AT + half * SINK_TILE, k, 0, 16, 0, min(sinks, length), 64 * half, in_half);
         copy_tile(shared + SINK_V_AT + half * SINK_TILE, v, 0, 16, 0, min(sinks, length), 64 * half, in_half);
@@ -227,34 +227,24 @@ __device__ __forceinline__ void keep_sum(unsigned char* shared, Rows k, Rows v, 
     write_sum(shared, sum, warp, lane);
     wait_for_copies();
     meet();
+    if (warp < 4) turn_keys(shared + TURNED_AT, shared + K_FAR_AT, warp & 1, warp >> 1, lane);
     int before = 0, now = 1;  // places of chunks c - 1 and c in the rings
-    auto turn = [&](int place, int part) {
-        if (warp / 2 == part) turn_keys(shared + TURNED_AT, shared + K_FAR_AT + place * FAR_TILE, part, warp & 1, lane);
-    };
-    auto add = [&](int place, int part) {
-        fold(sum, shared + V_AT + place * TILE, RING, shared + TURNED_AT, part, warp, lane);
-    };
-    turn(before, 0);
-    turn(before, 1);
-    meet();
-    if (first < last) add(before, 0);
 #pragma unroll 1
-    for (int c = first; c < last; c++) {  // chunk c - 1 is added half before A, half after it: others wait for less
+    for (int c = first; c < last; c++) {
         wait_for_copies();
         meet();  // A
-        if (EARLY_LOADS) load(c + 1, next_in_ring(now), recomputed(in_half));
-        turn(now, 0);
-        add(before, 1);
-        wait_until_read();  // B
-        if (!EARLY_LOADS) load(c + 1, next_in_ring(now), recomputed(in_half));
+#pragma unroll
+        for (int part = 0; part < 2; part++)
+            fold(sum, shared + V_AT + before * TILE, RING, shared + TURNED_AT, part, warp, lane);
+        meet();  // B
+        load(c + 1, next_in_ring(now));  // later than it could be: fewer registers live in fold
         write_sum(shared, sum, warp, lane);
         if (warp == GRAM_WARP) fold_gram(shared + GRAM_AT, shared + K_FAR_AT + before * FAR_TILE, lane);
-        turn(now, 1);
+        if (warp < 4) turn_keys(shared + TURNED_AT, shared + K_FAR_AT + now * FAR_TILE, warp & 1, warp >> 1, lane);
         before = now, now = next_in_ring(now);
-        if (c + 1 < last) add(before, 0);
     }
     wait_for_copies();
     meet();  // A
-    wait_until_read();  // B
+    meet();  // B
     if (total) write_total(total, sum, shared, last, before, now, length - CHUNK + 1, sinks, warp, lane);
 }

@@ -15,48 +15,26 @@
 #define SUM_SPLIT (HEAD_DIM == 64 ? 1 : 2)
 #endif
 
-#ifndef EARLY_LOADS
-#define EARLY_LOADS 0  // 1: the next chunk is asked for at barrier A, not at B
-#endif
-
 constexpr int MAP = 16, STEPS = 10, NUM_FEATURES = 153;
 constexpr int KEEPERS = 128 * HALVES, ATTENDERS = 128 * HALVES;  // threads of either role
 constexpr int SUM_FLOATS = STEPS * MAP * HEAD_DIM, GRAM_FLOATS = MAP * MAP + MAP;  // of one span in global memory
 
 // Shared memory, in bytes. Rings hold three chunks; a half's ring is in one piece.
 constexpr unsigned RING = 3 * TILE;
-constexpr unsigned FAR_ROW = 48, FAR_TILE = CHUNK * FAR_ROW, Q_FAR_ROW = 80, OUT_ROW = 144;
+constexpr unsigned FAR_ROW = 48, FAR_TILE = CHUNK * FAR_ROW, Q_FAR_ROW = 80;
 // k_far of one chunk turned: rows are dims 0 … 15, 0 … 8, as products reach that far
 constexpr unsigned TURNED_ROW = 192, TURNED_KEYS = (MAP + 9) * TURNED_ROW;
 constexpr unsigned HALF_SUM = STEPS * MAP * 128;
 constexpr unsigned K_AT = 0, V_AT = K_AT + HALVES * RING;
 constexpr unsigned Q_AT = V_AT + HALVES * RING;                      // one chunk; where warps share rows, two in turn
 constexpr unsigned OUT_AT = Q_AT + HALVES * HALVES * TILE;           // each warp's own 16 rows
-constexpr unsigned SUM_AT = OUT_AT + HALVES * CHUNK * OUT_ROW;       // S in bfloat16, in the order of B fragments
+constexpr unsigned SUM_AT = OUT_AT + HALVES * TILE;                  // S in bfloat16, in the order of B fragments
 constexpr unsigned K_FAR_AT = SUM_AT + HALVES * HALF_SUM;            // a ring of three chunks
 constexpr unsigned Q_FAR_AT = K_FAR_AT + 3 * FAR_TILE;  // each warp's own rows, twice: a rotated row is one run
 constexpr unsigned TURNED_AT = Q_FAR_AT + HALVES * CHUNK * Q_FAR_ROW;
 constexpr unsigned SINK_K_AT = TURNED_AT + TURNED_KEYS, SINK_V_AT = SINK_K_AT + HALVES * SINK_TILE;
 constexpr unsigned GRAM_AT = SINK_V_AT + HALVES * SINK_TILE;         // Σ x xᵀ as C fragments, then Σ x; float32
-constexpr unsigned GATE_AT = GRAM_AT + GRAM_FLOATS * 4;              // each warp's own rows
-static_assert(GATE_AT + HALVES * CHUNK * 4 == (HEAD_DIM == 64 ? 111616 : 224512), "cuda_builds.py says so");
-
-// Warps that attend have read the sum, and go on; those that keep it wait for them.
-__device__ __forceinline__ void sum_is_read() {
-#ifdef CUDA_ON_CPU
-    emulator::arrive_named();
-#else
-    asm volatile("bar.arrive 1, %0;" :: "n"(ATTENDERS + KEEPERS) : "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_until_read() {
-#ifdef CUDA_ON_CPU
-    emulator::wait_named();
-#else
-    asm volatile("bar.sync 1, %0;" :: "n"(ATTENDERS + KEEPERS) : "memory");
-#endif
-}
+static_assert(GRAM_AT + GRAM_FLOATS * 4 == (HEAD_DIM == 64 ? 110336 : 221952), "cuda_builds.py says so");
 
 // The chunk after one in a ring of three.
 __device__ __forceinline__ int next_in_ring(int place) { return place == 2 ? 0 : place + 1; }
@@ -67,13 +45,6 @@ __device__ __forceinline__ void copy_far_tile(unsigned char* tile, Rows from, in
     int row = thread / 2, piece = thread % 2, token = first + row;
     copy_async(tile + row * FAR_ROW + piece * 16, from.at + (long long)token * from.stride + piece * 8,
                token >= low && token < high);
-}
-
-// Gates of sixteen queries. One warp; two lanes copy the same one.
-__device__ __forceinline__ void copy_gates(unsigned char* to, const float* gate, int stride, int token, int length,
-                                           int lane) {
-    int i = lane % 16;
-    copy_async<4>(to + 4 * i, gate + (long long)(token + i) * stride, token + i < length);
 }
 
 // Sixteen rows of mapped queries, each row twice. One warp.

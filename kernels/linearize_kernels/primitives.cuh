@@ -8,15 +8,6 @@
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #endif
 
-// x, but the compiler does not know it: what follows from it is found again in every turn of a loop, where keeping it
-// would cost registers.
-__device__ __forceinline__ int recomputed(int x) {
-#ifndef CUDA_ON_CPU
-    asm volatile("" : "+r"(x));
-#endif
-    return x;
-}
-
 typedef unsigned short bf16;  // the upper half of a float32
 
 __device__ __forceinline__ float to_float(float x) { return x; }

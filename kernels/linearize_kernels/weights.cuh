@@ -13,21 +13,15 @@ __device__ __forceinline__ void multiply_add_pair(Scores& c, const unsigned (&a)
     multiply_add(*reinterpret_cast<float(*)[4]>(&c[4]), a, b[2], b[3]);
 }
 
-// total += the first `count` weights (4 or 8); in a tree, as sums wait for each other.
-__device__ __forceinline__ void add_rows(float (&total)[2], const Scores& weights, int count) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float sum = weights[2 * r] + weights[2 * r + 1];
-        total[r] += count > 4 ? sum + (weights[2 * r + 4] + weights[2 * r + 5]) : sum;
-    }
-}
-
 // Scores become weights; adds them to total.
 __device__ __forceinline__ void exponentiate(Scores& scores, float (&total)[2], const float (&shift)[2], float scale,
                                              int count) {
 #pragma unroll
-    for (int i = 0; i < count; i++) scores[i] = exp2_fast(scores[i] * scale - shift[score_row(i)]);
-    add_rows(total, scores, count);
+    for (int i = 0; i < 8; i++) {
+        if (i >= count) continue;
+        scores[i] = exp2_fast(scores[i] * scale - shift[score_row(i)]);
+        total[score_row(i)] += scores[i];
+    }
 }
 
 __device__ __forceinline__ void pack_weights(unsigned (&a)[4], const Scores& weights) {
@@ -35,27 +29,17 @@ __device__ __forceinline__ void pack_weights(unsigned (&a)[4], const Scores& wei
     for (int i = 0; i < 4; i++) a[i] = pack_bf16(weights[2 * i], weights[2 * i + 1]);
 }
 
-// Where a lane reads the first 16 columns of a tile of 16 keys. turn: 64 for a tile that begins at an odd sixteenth row.
-__device__ __forceinline__ unsigned value_place(unsigned turn, int lane) {
-    return tile_place(lane & 15, lane >> 4) ^ turn;
-}
-
-// acc += weights · columns 16 pair … 16 pair + 15 of a tile of 16 keys.
-__device__ __forceinline__ void add_columns(float (&acc)[8][4], const unsigned (&a)[4], const unsigned (&columns)[4],
-                                            int pair) {
-    multiply_add(acc[2 * pair], a, columns[0], columns[1]);
-    multiply_add(acc[2 * pair + 1], a, columns[2], columns[3]);
-}
-
-// acc += weights [16 rows, 16 keys] · values of a tile of 16 keys.
+// acc += weights [16 rows, 16 keys] · values of a tile of 16 keys. turn: 64 for a tile that begins at an odd sixteenth
+// row.
 __device__ __forceinline__ void add_values(float (&acc)[8][4], const unsigned (&a)[4], const unsigned char* v_tile,
                                            unsigned turn, int lane) {
-    unsigned place = value_place(turn, lane);
+    unsigned place = tile_place(lane & 15, lane >> 4) ^ turn;
 #pragma unroll
     for (int pair = 0; pair < 4; pair++) {
-        unsigned columns[4];
-        load_matrices_transposed(columns, v_tile + (place ^ (pair << 5)));
-        add_columns(acc, a, columns, pair);
+        unsigned b[4];
+        load_matrices_transposed(b, v_tile + (place ^ (pair << 5)));
+        multiply_add(acc[2 * pair], a, b[0], b[1]);
+        multiply_add(acc[2 * pair + 1], a, b[2], b[3]);
     }
 }
 
