@@ -67,11 +67,14 @@ class BatchGraph:
     def _record(self, given) -> None:
         inputs = {name: tensor.clone() for name, tensor in given.items()}
         graph, batch = torch.cuda.CUDAGraph(), {name: t for name, t in inputs.items() if name != "scale"}
+        generator = torch.cuda.default_generators[self.stream.device.index]
+        before = generator.clone_state()
         try:
             self._rehearse(batch)
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 figures = self.run(batch, scale=inputs["scale"])
         except (RuntimeError, TrainingError) as error:  # the latter, of a compiler that fails here
+            generator.graphsafe_set_state(before)  # a recording that failed leaves it as if there still were one
             raise NotRecorded(str(error).strip().partition("\n")[0]) from error
         self.shapes = tuple((name, tensor.shape) for name, tensor in inputs.items())
         self.graph, self.inputs, self.figures = graph, inputs, figures

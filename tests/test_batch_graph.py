@@ -153,6 +153,10 @@ def test_what_waits_for_the_device_is_refused_and_has_not_run():
     batch = {"position_ids": torch.zeros(1, 4, dtype=torch.long, device="cuda")}
     for _ in range(WARM_UP):
         recorded(batch, scale=scale)
+    torch.manual_seed(0)
+    wanted = torch.rand(4, device="cuda")
+    torch.manual_seed(0)
     with pytest.raises(NotRecorded):
         recorded(batch, scale=scale)
     assert total.item() == WARM_UP
+    assert torch.equal(torch.rand(4, device="cuda"), wanted)  # random numbers go on as if nothing had been tried
