@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import linearize
 from linearize.architecture import linearize_
 from linearize.errors import DataError, LinearizeError, ModelError
 from linearize.export import export
@@ -180,6 +181,21 @@ def test_model_and_tokenizer_are_left_as_they_were(model_folder, task_folder):
     evaluate_model(model, tokenizer, tasks=["tiny_word"], include_path=task_folder, limit=2)
     assert tokenizer.pad_token is None
     assert all(module.training for module in model.modules())
+    assert model.config.use_cache
+
+
+def test_scores_are_found_without_a_cache(converted_folder, task_folder):
+    model, tokenizer = linearize.load(converted_folder, device="cpu")
+    settings = {"tasks": ["tiny_word"], "include_path": task_folder}
+    expected = evaluate_model(model, tokenizer, **settings)["results"]
+
+    def refused():
+        raise AssertionError("a cache was made")
+
+    model.make_cache = refused
+    with pytest.raises(AssertionError, match="a cache was made"):
+        model(torch.ones(1, 4, dtype=torch.long))
+    assert evaluate_model(model, tokenizer, **settings)["results"] == expected
 
 
 def test_harmless_warnings_are_kept_back_and_others_shown(model_folder, task_folder, capfd):

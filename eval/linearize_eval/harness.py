@@ -135,6 +135,7 @@ def _evaluate(model, tokenizer, names, task_manager, limit, batch_size, num_fews
     from lm_eval.utils import handle_non_serializable
 
     training = [module for module in model.modules() if module.training]
+    makes_cache, model.config.use_cache = model.config.use_cache, False  # scores need none; generating asks for its own
     try:
         with _quiet_harness():
             # lm-eval gives a tokenizer without a padding token one: the caller's must stay as it is
@@ -162,6 +163,7 @@ def _evaluate(model, tokenizer, names, task_manager, limit, batch_size, num_fews
             "read local files, or fill the data sets' cache first on a machine with internet"
         ) from error
     finally:
+        model.config.use_cache = makes_cache
         for module in training:
             module.training = True
     return finite(json.loads(json.dumps(results, default=handle_non_serializable)))
