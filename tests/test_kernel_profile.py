@@ -8,20 +8,21 @@ from linearize_kernels.bench_shapes import SHAPES  # noqa: E402
 
 STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 NAMES = ["ID", "Kernel Name", "gpu__time_duration.sum", "launch__registers_per_thread",
-         "dram__throughput.avg.pct_of_peak_sustained_elapsed", STALLED.format("barrier"),
-         STALLED.format("long_scoreboard")]  # fmt: skip
+         "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed", STALLED.format("barrier"),
+         STALLED.format("long_scoreboard"), "sm__inst_executed_pipe_tensor_op_dmma.avg.pct_of_peak_sustained_active",
+         "sm__inst_executed_pipe_tensor_op_hmma.avg.pct_of_peak_sustained_active"]  # fmt: skip
 PAGE = f"""==PROF== Connected to process 7
 "{'","'.join(NAMES)}"
-"","","us","register/thread","%","inst","inst"
-"0","prefill_sums_kernel","70.5","80","61.25","0.5","1,002.25"
-"1","prefill_kernel","640.1","128","50.00","2.5",""
+"","","us","register/thread","%","inst","inst","%","%"
+"0","prefill_sums_kernel","70.5","80","61.25","0.5","1,002.25","0","9.5"
+"1","prefill_kernel","640.1","128","50.00","2.5","","0","31.0"
 ==PROF== Disconnected
 """
 
 
 def test_a_profile_says_what_limits_each_kernel():
     first, second = bench_profile.summaries(PAGE)
-    assert first.startswith("prefill_sums_kernel: time 70.5 us, registers 80, DRAM % 61.25\n")
+    assert first.startswith("prefill_sums_kernel: time 70.5 us, registers 80, DRAM % 61.25, tensor cores % 9.5\n")
     assert first.endswith("waits: long_scoreboard 1002.25, barrier 0.50")
     assert second.endswith("waits: barrier 2.50")
     with pytest.raises(ValueError, match="no kernel:\n==ERROR== permission"):

@@ -21,13 +21,12 @@ from .cuda_prefill import attention_forward_cuda, attention_prefill_cuda
 SECTIONS = ["SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats", "SchedulerStats", "ComputeWorkloadAnalysis",
             "MemoryWorkloadAnalysis"]  # fmt: skip
 OURS = "regex:^(prefill|window|key|query|sink)_"  # names of kernels
-METRICS = {  # a part of a metric's name: what it is called here
+METRICS = {  # a part of metrics' names: what the largest of them is called here
     "gpu__time_duration.sum": "time",
-    "dram__throughput.avg.pct": "DRAM %",
-    "l1tex__data_pipe_lsu_wavefronts_mem_shared.avg.pct": "shared memory %",
+    "gpu__dram_throughput.avg.pct": "DRAM %",
     "l1tex__throughput.avg.pct": "L1 and shared memory %",
     "sm__throughput.avg.pct": "multiprocessors %",
-    "sm__inst_executed_pipe_tensor": "tensor cores %",
+    "pipe_tensor": "tensor cores %",
     "sm__inst_issued.avg.pct": "issue slots %",
     "sm__warps_active.avg.pct": "occupancy %",
     "launch__registers_per_thread": "registers",
@@ -79,17 +78,21 @@ def _summary(kernel: dict, units: dict) -> str:
     found = {}
     for name, value in kernel.items():
         label = next((label for part, label in METRICS.items() if name and part in name), None)
-        if label and value and label not in found:
-            found[label] = f"{value} {units[name]}" if label == "time" else value
+        if label and value and (label[-1] != "%" or "pct" in name):
+            found[label] = max(found.get(label, ("", "")), (value, units[name]), key=lambda x: _number(x[0]))
     stalls = {
-        name.split(STALL)[1].split("_per_")[0]: float(value.replace(",", ""))
+        name.split(STALL)[1].split("_per_")[0]: _number(value)
         for name, value in kernel.items()
         if name and STALL in name and "ratio" in name and value
     }
     longest = sorted(stalls.items(), key=lambda x: -x[1])[:STALLS]
     waits = ", ".join(f"{reason} {cycles:.2f}" for reason, cycles in longest)
-    facts = ", ".join(f"{label} {value}" for label, value in found.items())
+    facts = ", ".join(f"{label} {value}" + f" {unit}" * (label == "time") for label, (value, unit) in found.items())
     return f"{kernel['Kernel Name']}: {facts}\n    waits: {waits}"
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", "") or "-inf")
 
 
 def main(argv=None) -> int:
