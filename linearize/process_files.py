@@ -39,7 +39,7 @@ class _JsonLines:
             for line in file:
                 try:
                     yield json.loads(line)
-                except ValueError as error:  # bad JSON or bad UTF-8
+                except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8; lists in lists in lists ...
                     reason = f"not JSON: {error}" if line.strip() else "an empty line"
                     yield BrokenRow(line.decode("utf-8", "backslashreplace").rstrip("\r\n"), reason)
 
@@ -83,7 +83,8 @@ class Output:
             mine = self.parts / f"good-{rank}.jsonl", self.parts / f"bad-{rank}.jsonl"
         for path in mine:
             _cut_half_a_line(path)
-        self._good, self._bad = (path.open("a", encoding="utf-8") for path in mine)
+        # half a character of a row has no UTF-8: it becomes an escape, the one by which JSON knows it
+        self._good, self._bad = (path.open("a", encoding="utf-8", errors="backslashreplace") for path in mine)
 
     def is_done(self, row: int) -> bool:
         return row < self.start or row in self.done

@@ -30,7 +30,8 @@ class Prompts:
 
     def tokens(self, row) -> list[int]:
         """The token ids of a row's prompt. Raises DataError for a row that makes none, or too many."""
-        prompt = fill(self.template, row)
+        # as in training text, half of a surrogate pair, which no tokenizer can encode, becomes '?'
+        prompt = fill(self.template, row).encode(errors="replace").decode()
         if self.chat:
             message = [{"role": "user", "content": prompt}]
             ids = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True).input_ids
@@ -79,11 +80,14 @@ def fill(template: str, row) -> str:
         raise DataError(row.reason)
     if not isinstance(row, dict):
         raise DataError(f"not an object but a {type(row).__name__}")
-    if null := [name for name in columns_of(template) if name in row and row[name] is None]:
+    given = {name: row[name] for name in columns_of(template) if name in row}
+    if null := [name for name, value in given.items() if value is None]:
         raise DataError(f"the column {null[0]!r} is null")
+    if given and all(isinstance(value, str) and not value.strip() for value in given.values()):
+        raise DataError(f"there is no text in {', '.join(map(repr, given))}")
     try:
         return template.format_map(row)
-    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, OverflowError) as error:
         columns = ", ".join(map(str, row))
         raise DataError(f"the template asks for {error}; the row's columns are {columns}") from error
 

@@ -95,6 +95,20 @@ def test_bad_rows_go_to_the_errors_and_nothing_else_is_lost(folder, tmp_path, ca
     assert run(folder, source, tmp_path / "out2.jsonl", template="{text}")["errors"] == 1
 
 
+def test_what_json_takes_and_utf_8_does_not(folder, tmp_path):
+    """Half a character, as texts cut by UTF-16 units have it, and a line of brackets."""
+    half, bad = "a\ud83d", ["[" * 100_000, {"other": "\ud83d"}]
+    source = write(tmp_path / "in.jsonl", [{"text": half}, *bad, {"text": "a?", "id": half}])
+    counts = run(folder, source, tmp_path / "out.jsonl")
+    assert counts["rows"] == 2 and counts["errors"] == 2
+    first, second = lines(tmp_path / "out.jsonl")
+    assert first["text"] == second["id"] == half, "as it came"
+    assert first["output"] == second["output"] != ""
+    errors = lines(tmp_path / "out.jsonl.errors.jsonl")
+    assert [e["input"] for e in errors] == bad and "recursion depth" in errors[0]["error"]
+    assert run(folder, source, tmp_path / "out.jsonl")["resumed_at"] == 4
+
+
 @pytest.mark.parametrize(
     ("template", "row", "said"),
     [
@@ -104,14 +118,17 @@ def test_bad_rows_go_to_the_errors_and_nothing_else_is_lost(folder, tmp_path, ca
         ("{text[a]}", {"text": "so"}, "asks for string indices must be integers"),
         ("{text:d}", {"text": "so"}, "asks for Unknown format code"),
         ("{} {text}", {"text": "so"}, "positional"),
+        ("{text:c}", {"text": 10**30}, "asks for Python int too large"),
+        ("Review: {text}", {"text": ""}, "no text in 'text'"),
+        ("{text} {of}", {"text": " \n", "of": ""}, "no text in 'text', 'of'"),
     ],
 )
 def test_a_row_that_makes_no_prompt(template, row, said):
     row = json.loads(row) if isinstance(row, str) else row
     with pytest.raises(DataError, match=said):
         fill(template, row)
-    good = {"text": "so", "of": {"name": "x"}}
-    assert fill("{text} {of[name]} {{}}", good) == "so x {}"
+    good = {"text": "so", "of": {"name": "x"}, "more": ""}
+    assert fill("{text}{more} {of[name]} {{}}", good) == "so x {}"
 
 
 def test_what_fits_no_row_is_refused_before_anything_is_written(folder, tmp_path):
