@@ -61,7 +61,7 @@ def process(folder, source, target, *, template: str = "{text}", chat: bool = Fa
     total = len(rows)
     check_template(template, rows)
     processes, rank, world = _processes(device)
-    output = Output(target, rank=rank, world=world)
+    output = Output(target, source=source, rank=rank, world=world)
     with closing(output):
         model, tokenizer = load(folder, device=processes.device if processes else device)
         before = read(model, tokenizer(prefix, return_tensors="pt").input_ids) if prefix else None

@@ -47,31 +47,51 @@ class _JsonLines:
 def open_rows(source) -> Collection:
     """The rows in order, as often as wanted; a line that is no JSON comes as a BrokenRow. Raises DataError."""
     path = Path(source)
+    if path.is_file() and not os.access(path, os.R_OK):
+        raise DataError(f"{source} is not yours to read: chmod u+r {source}, or ask its owner")
     if path.suffix in (".jsonl", ".json") and path.is_file():
         return _JsonLines(path)
-    import datasets
-
     if path.suffix == ".parquet" and path.is_file():
-        return datasets.Dataset.from_parquet(str(path))
+        return _read_dataset(path, lambda datasets: datasets.Dataset.from_parquet(str(path)))
     if (path / "dataset_info.json").is_file():
-        return datasets.load_from_disk(str(path))
+        return _read_dataset(path, lambda datasets: datasets.load_from_disk(str(path)))
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
         raise DataError(f"{source} holds several splits: give the folder of one, {source}/NAME, of {splits}")
     raise DataError(f"{source}: no such .jsonl or .parquet file, nor a folder made by Dataset.save_to_disk")
 
 
+def _read_dataset(path: Path, read):
+    """What `read` makes of it, given the package. Raises DataError for files that are damaged or hold no row."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return read(datasets)
+    except (OSError, ValueError, IndexError, DatasetsError) as error:  # an IndexError: no file of rows in the folder
+        raise DataError(f"{path} cannot be read: it holds no rows, or is damaged ({error})") from error
+
+
 class Output:
     """Where this process writes, and which rows are done: `start` rows in OUT, and those of `done` in parts.
 
-    rank, world: this process's number, and how many there are. Raises DataError for files that this command did not
-    write, which stay as they are.
+    source: where rows are read. rank, world: this process's number, and how many there are. Raises DataError for
+    files that this command did not write or reads from, which stay as they are, and for such as cannot be written.
     """
 
-    def __init__(self, target, *, rank: int = 0, world: int = 1):
+    def __init__(self, target, *, source=None, rank: int = 0, world: int = 1):
         self.target, self.errors = Path(target), Path(f"{target}.errors.jsonl")
         self.parts = Path(f"{target}.parts")
         check_folder_of(self.target)
+        for path in (self.target, self.errors):
+            if source is not None and path.exists() and path.samefile(source):
+                raise DataError(f"{source} is where rows are read; give another output file")
+        try:
+            self._open(rank, world)
+        except OSError as error:
+            raise DataError(f"{self.target} cannot be written: {error}. Give another output file.") from error
+
+    def _open(self, rank: int, world: int) -> None:
         good, bad = ([row for row, *_ in _whole_lines(path)] for path in (self.target, self.errors))
         self.start = len(good) + len(bad)
         if sorted(good + bad) != list(range(self.start)) or sorted(good) != good:

@@ -225,6 +225,38 @@ def test_what_is_refused(folder, tmp_path):
         assert target.read_text() == content, "it stays as it was"
 
 
+def test_rows_and_answers_are_two_files(folder, tmp_path):
+    """Numbered rows without a last newline look like answers of a run that was killed in the middle of a line."""
+    source = tmp_path / "in.jsonl.errors.jsonl"
+    source.write_text('{"row": 0, "text": "so"}\n{"row": 1, "text": "no"}')
+    (tmp_path / "link").symlink_to(source)
+    for target in (source, tmp_path / "link", tmp_path / "in.jsonl"):
+        with pytest.raises(DataError, match="where rows are read"):
+            run(folder, source, target)
+        assert source.read_text().endswith('"no"}')
+
+
+def test_files_that_cannot_be_read_or_written(folder, tmp_path, monkeypatch):
+    source = write(tmp_path / "in.jsonl", [{"text": "so"}])
+    for name in ("out", "other.errors.jsonl"):
+        (tmp_path / name).mkdir()
+    for target in ("out", "other"):
+        with pytest.raises(DataError, match="cannot be written: .*directory"):
+            run(folder, source, tmp_path / target)
+    data = datasets.Dataset.from_dict({"text": ["so"]})
+    for name in ("none", "cut"):
+        data.select(range(name == "cut")).save_to_disk(str(tmp_path / name))
+    (tmp_path / "cut" / "data-00000-of-00001.arrow").write_bytes(b"cut")
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 cut")
+    for name in ("none", "cut", "cut.parquet"):
+        with pytest.raises(DataError, match=f"{name} cannot be read"):
+            run(folder, tmp_path / name, tmp_path / "never")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(DataError, match="not yours to read"):
+        run(folder, source, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
 @pytest.mark.parametrize("given", [None, 120])
 def test_rows_get_the_room_that_the_longest_needs(tmp_path, monkeypatch, given):
     """Where softmax has been kept, room is memory: the longest prompt says how much, or the user."""
