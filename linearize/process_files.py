@@ -2,12 +2,14 @@
 
 One process writes straight to OUT and OUT.errors.jsonl. Several write a pair of files each into OUT.parts, which the
 first puts into OUT, in order, when all have ended. Every line says its row, so that what is on the disk tells what is
-left to do, after a kill at any moment and with any number of processes.
+left to do, after a kill at any moment and with any number of processes. What a kill leaves behind is all that was
+written; after a loss of power it is what was put on the disk, at least every SYNC_EVERY seconds.
 """
 
 import json
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 from .errors import DataError
 from .whole_folder import check_folder_of
 
+SYNC_EVERY = 1.0  # seconds; a wait for the disk after each row would cost more than a short answer
 
 @dataclass(frozen=True)
 class BrokenRow:
@@ -105,18 +108,31 @@ class Output:
             _cut_half_a_line(path)
         # half a character of a row has no UTF-8: it becomes an escape, the one by which JSON knows it
         self._good, self._bad = (path.open("a", encoding="utf-8", errors="backslashreplace") for path in mine)
+        self._newest, self._synced = self._good, time.monotonic()
 
     def is_done(self, row: int) -> bool:
         return row < self.start or row in self.done
 
     def write(self, row: dict) -> None:
         """An answered row."""
-        _write(self._good, row)
+        self._add(self._good, row)
 
     def write_error(self, row: dict) -> None:
-        _write(self._bad, row)
+        self._add(self._bad, row)
+
+    def _add(self, file, row: dict) -> None:
+        """On the disk neither file runs ahead of the other: what was written to it is there before this goes on."""
+        if file is not self._newest or time.monotonic() - self._synced > SYNC_EVERY:
+            self._sync()
+        self._newest = file
+        _write(file, row)
+
+    def _sync(self) -> None:
+        os.fsync(self._newest.fileno())
+        self._synced = time.monotonic()
 
     def close(self) -> None:
+        self._sync()
         self._good.close()
         self._bad.close()
 
@@ -183,7 +199,6 @@ def _foreign(path: Path) -> DataError:
 
 
 def _write(file, row: dict) -> None:
-    """One line, on the disk before the next row's is: files never run ahead of each other by more than the last."""
+    """One line, the system's as soon as it is written, whatever becomes of this process."""
     file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     file.flush()
-    os.fsync(file.fileno())
