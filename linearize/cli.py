@@ -168,7 +168,7 @@ def _add_serve(verbs) -> None:
     parser = _verb(verbs, "serve", _serve, "answer OpenAI clients over HTTP (chat and completions, streamed or not)")
     parser.add_argument("folder", metavar="DIR", help="a converted model; clients name it just so")
     parser.add_argument("--host", default="localhost", help="default localhost")
-    parser.add_argument("--port", type=values.positive, default=8000, metavar="N", help="default 8000")
+    parser.add_argument("--port", type=values.port, default=8000, metavar="N", help="default 8000")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
 
 
@@ -257,7 +257,10 @@ def _sweep(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompts]
+    try:
+        prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompts]
+    except UnicodeDecodeError as error:
+        raise LinearizeError(f"standard input is no text: {error}") from error
     from linearize.generation import generate_text
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "chat", "seed")

@@ -7,7 +7,7 @@ from string import Formatter
 
 from tqdm import tqdm
 
-from .errors import DataError
+from .errors import DataError, ModelError
 from .lengths import max_positions
 from .process_files import BrokenRow
 from .state import State
@@ -18,6 +18,7 @@ class Prompts:
     """Makes prompts of rows that follow `before` (None: nothing) and leave room for max_new_tokens.
 
     max_length: the most tokens of a row, those of `before` and of the answer included; None: the model's positions.
+    Raises ModelError for chat without a template.
     """
 
     model: object
@@ -27,6 +28,10 @@ class Prompts:
     chat: bool
     max_new_tokens: int
     max_length: int | None = None
+
+    def __post_init__(self):
+        if self.chat:
+            check_chat(self.tokenizer)
 
     def tokens(self, row) -> list[int]:
         """The token ids of a row's prompt. Raises DataError for a row that makes none, or too many."""
@@ -64,6 +69,11 @@ class Prompts:
             except DataError:
                 continue  # it is reported when its turn comes
         return longest
+
+
+def check_chat(tokenizer) -> None:
+    if tokenizer.chat_template is None:
+        raise ModelError("this model's tokenizer has no chat template; leave --chat out")
 
 
 def columns_of(template: str) -> list[str]:
