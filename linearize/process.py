@@ -12,9 +12,10 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -63,6 +64,10 @@ def process(folder, source, target, *, template: str = "{text}", chat: bool = Fa
     processes, rank, world = _processes(device)
     output = Output(target, source=source, rank=rank, world=world)
     with closing(output):
+        settings = dict(model=str(Path(folder).resolve()), source=str(Path(source).resolve()), template=template,
+                        chat=chat, prefix=prefix, max_new_tokens=max_new_tokens, max_length=max_length,
+                        sampling=asdict(sampling or Sampling()), stop=list(stop), field_name=field_name)  # fmt: skip
+        output.check_settings(settings, rows=total, first=rank == 0)
         model, tokenizer = load(folder, device=processes.device if processes else device)
         before = read(model, tokenizer(prefix, return_tensors="pt").input_ids) if prefix else None
         prompts = Prompts(model, tokenizer, before, template=template, chat=chat, max_new_tokens=max_new_tokens,

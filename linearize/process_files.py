@@ -2,8 +2,9 @@
 
 One process writes straight to OUT and OUT.errors.jsonl. Several write a pair of files each into OUT.parts, which the
 first puts into OUT, in order, when all have ended. Every line says its row, so that what is on the disk tells what is
-left to do, after a kill at any moment and with any number of processes. What a kill leaves behind is all that was
-written; after a loss of power it is what was put on the disk, at least every SYNC_EVERY seconds.
+left to do, after a kill at any moment and with any number of processes; OUT.settings.json tells that it is the same
+work. What a kill leaves behind is all that was written; after a loss of power it is what was put on the disk, at least
+every SYNC_EVERY seconds.
 """
 
 import json
@@ -109,6 +110,26 @@ class Output:
         # half a character of a row has no UTF-8: it becomes an escape, the one by which JSON knows it
         self._good, self._bad = (path.open("a", encoding="utf-8", errors="backslashreplace") for path in mine)
         self._newest, self._synced = self._good, time.monotonic()
+
+    def check_settings(self, settings: dict, *, rows: int, first: bool = True) -> None:
+        """Raises DataError where rows were done with other settings, or there are more than the source has.
+
+        settings: what decides the answers, kept in OUT.settings.json, which the first process writes.
+        """
+        path, settings = Path(f"{self.target}.settings.json"), json.loads(json.dumps(settings))
+        if self.start > rows:
+            raise DataError(f"{self.target} holds {self.start:,} rows, the source {rows:,}; give another output file")
+        if (self.start or self.done) and path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if changed := [name for name, value in settings.items() if before.get(name) != value]:
+                raise DataError(
+                    f"{self.target} holds rows answered with another {', '.join(changed)} (see {path}). Give another "
+                    "output file, or remove that one to go on all the same."
+                )
+        elif first:
+            scratch = path.with_suffix(".tmp")
+            scratch.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            os.replace(scratch, path)
 
     def is_done(self, row: int) -> bool:
         return row < self.start or row in self.done

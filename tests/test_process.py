@@ -180,6 +180,30 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(folder, tmp_path
     assert (tmp_path / "whole.jsonl").read_bytes() == before, "nothing left to do"
 
 
+def test_rows_are_gone_on_with_in_the_same_way_only(folder, tmp_path):
+    source, target = write(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS[:3]]), tmp_path / "out.jsonl"
+    run(folder, source, target)
+    before, settings = target.read_bytes(), tmp_path / "out.jsonl.settings.json"
+    other = write(tmp_path / "other.jsonl", [{"text": t} for t in TEXTS])
+    for changed, given in (
+        ("template", dict(template="{text} was")),
+        ("chat, prefix", dict(chat=True, prefix="so ")),
+        ("max_new_tokens, stop", dict(max_new_tokens=9, stop=["a"])),
+        ("sampling", dict(sampling=Sampling(temperature=1.0))),
+        ("source", dict(source=other)),
+    ):
+        with pytest.raises(DataError, match=f"answered with another {changed} .see"):
+            run(**{"folder": folder, "source": source, "target": target, **given})
+    assert target.read_bytes() == before
+    run(folder, write(source, [{"text": t} for t in TEXTS[:4]]), target, batch=1)
+    assert len(lines(target)) == 4, "rows that have been added"
+    settings.unlink()
+    run(folder, write(source, [{"text": t} for t in TEXTS[:5]]), target, template="{text} was")
+    assert len(lines(target)) == 5 and json.loads(settings.read_text())["template"] == "{text} was"
+    with pytest.raises(DataError, match="holds 5 rows, the source 2"):
+        run(folder, write(source, [{"text": t} for t in TEXTS[:2]]), target, template="{text} was")
+
+
 def test_other_sources_and_the_command_line(folder, tmp_path):
     data = datasets.Dataset.from_dict({"text": TEXTS[:2]})
     data.to_parquet(str(tmp_path / "in.parquet"))
