@@ -80,6 +80,14 @@ def test_a_common_prefix_is_read_once(folder, tmp_path):
     assert lines(tmp_path / "out.jsonl") == lines(tmp_path / "whole.jsonl")
 
 
+def test_a_prefix_in_a_chat_is_in_the_message(folder, tmp_path):
+    source, long = write(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS[:3]]), "the {town} of the old king: " * 3
+    run(folder, source, tmp_path / "out.jsonl", chat=True, prefix=long)
+    whole = long.replace("{", "{{").replace("}", "}}") + TEMPLATE
+    run(folder, source, tmp_path / "whole.jsonl", chat=True, template=whole)
+    assert lines(tmp_path / "out.jsonl") == lines(tmp_path / "whole.jsonl")
+
+
 def test_bad_rows_go_to_the_errors_and_nothing_else_is_lost(folder, tmp_path, capsys):
     bad = ["{broken", "[1]", {"other": 1}, {"text": "king " * 200}, ""]
     source = write(tmp_path / "in.jsonl", [{"text": "the old"}, *bad, {"text": "so"}])
