@@ -56,12 +56,12 @@ def process(folder, source, target, *, template: str = "{text}", chat: bool = Fa
     counted first where the model keeps softmax, whose memory grows with it. stop: an answer ends with the token that
     completes one of these texts.
     disable_compile: of `Decoder`; None: compiled on a GPU where there may be COMPILED_FROM steps or more. An output
-    line is the row with its number as "row" and the answer under `field_name`. Returns this process's counts. Raises
-    DataError for a file or template that does no row any good.
+    line is the row with its number as "row" and the answer under `field_name`, a column that no row may have. Returns
+    this process's counts. Raises DataError for a file or template that does no row any good.
     """
     rows = open_rows(source)
     total = len(rows)
-    check_template(template, rows)
+    check_template(template, rows, answer=field_name)
     processes, rank, world = _processes(device)
     output = Output(target, source=source, rank=rank, world=world)
     with closing(output):
@@ -74,7 +74,7 @@ def process(folder, source, target, *, template: str = "{text}", chat: bool = Fa
         model, tokenizer = load(folder, device=processes.device if processes else device)
         before = read(model, tokenizer(prefix, return_tensors="pt").input_ids) if prefix else None
         prompts = Prompts(model, tokenizer, before, template=template, chat=chat, max_new_tokens=max_new_tokens,
-                          max_length=max_length)  # fmt: skip
+                          max_length=max_length, answer=field_name)  # fmt: skip
 
         def left():
             return ((n, row) for n, row in enumerate(rows) if n % world == rank and not output.is_done(n))

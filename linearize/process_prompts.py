@@ -18,7 +18,7 @@ class Prompts:
     """Makes prompts of rows that follow `before` (None: nothing) and leave room for max_new_tokens.
 
     max_length: the most tokens of a row, those of `before` and of the answer included; None: the model's positions.
-    Raises ModelError for chat without a template.
+    answer: the answers' column, which no row may have. Raises ModelError for chat without a template.
     """
 
     model: object
@@ -28,6 +28,7 @@ class Prompts:
     chat: bool
     max_new_tokens: int
     max_length: int | None = None
+    answer: str | None = None
 
     def __post_init__(self):
         if self.chat:
@@ -36,7 +37,7 @@ class Prompts:
     def tokens(self, row) -> list[int]:
         """The token ids of a row's prompt. Raises DataError for a row that makes none, or too many."""
         # as in training text, half of a surrogate pair, which no tokenizer can encode, becomes '?'
-        prompt = fill(self.template, row).encode(errors="replace").decode()
+        prompt = fill(self.template, row, answer=self.answer).encode(errors="replace").decode()
         if self.chat:
             message = [{"role": "user", "content": prompt}]
             ids = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True).input_ids
@@ -84,12 +85,14 @@ def columns_of(template: str) -> list[str]:
         raise DataError(f"the template {template!r} is none: {error}. {{{{ and }}}} stand for braces.") from error
 
 
-def fill(template: str, row) -> str:
-    """The template with a row's columns. Raises DataError for a row that lacks one, or is none."""
+def fill(template: str, row, *, answer: str | None = None) -> str:
+    """The template with a row's columns. Raises DataError for a row that lacks one, is none, or has one `answer`."""
     if isinstance(row, BrokenRow):
         raise DataError(row.reason)
     if not isinstance(row, dict):
         raise DataError(f"not an object but a {type(row).__name__}")
+    if answer in row:
+        raise DataError(f"it has a column {answer!r} already, which the answer would replace; name that by --field")
     given = {name: row[name] for name in columns_of(template) if name in row}
     if null := [name for name, value in given.items() if value is None]:
         raise DataError(f"the column {null[0]!r} is null")
@@ -102,13 +105,15 @@ def fill(template: str, row) -> str:
         raise DataError(f"the template asks for {error}; the row's columns are {columns}") from error
 
 
-def check_template(template: str, rows: Iterable) -> None:
+def check_template(template: str, rows: Iterable, *, answer: str | None = None) -> None:
     """Raises DataError for a template that is none, or that fits no row; reads rows up to the first that it fits."""
     columns_of(template)
+    if answer == "row":
+        raise DataError("--field row: the number of a row has that name; choose another")
     first = None
     for row in rows:
         try:
-            fill(template, row)
+            fill(template, row, answer=answer)
         except DataError as error:
             first = first or error
         else:

@@ -257,6 +257,21 @@ def test_what_is_refused(folder, tmp_path):
         assert target.read_text() == content, "it stays as it was"
 
 
+def test_an_answer_replaces_no_column(folder, tmp_path, capsys):
+    rows = [{"text": "so", "output": "it is"}, {"text": "so"}]
+    source, target = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    assert run(folder, source, target)["errors"] == 1
+    assert "a column 'output' already" in lines(tmp_path / "out.jsonl.errors.jsonl")[0]["error"]
+    with pytest.raises(DataError, match="nothing was done.*'output' already"):
+        run(folder, target, tmp_path / "again.jsonl")
+    words = ["process", folder, source, tmp_path / "named.jsonl", "--template", TEMPLATE, "--field", "mine"]
+    assert cli.main([*map(str, words), "--max-new-tokens", "20", "--device", "cpu"]) == 0
+    first, second = lines(tmp_path / "named.jsonl")
+    with pytest.raises(DataError, match="--field row"):
+        run(folder, source, tmp_path / "numbers.jsonl", field_name="row")
+    assert first["output"] == "it is" and first["mine"] == second["mine"] == lines(target)[0]["output"]
+
+
 def test_rows_and_answers_are_two_files(folder, tmp_path):
     """Numbered rows without a last newline look like answers of a run that was killed in the middle of a line."""
     source = tmp_path / "in.jsonl.errors.jsonl"
