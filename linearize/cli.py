@@ -155,6 +155,7 @@ def _add_process(verbs) -> None:
     parser.add_argument("--template", default="{text}", metavar="TEXT", help="the prompt; columns in braces")
     parser.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
     parser.add_argument("--prefix", default="", metavar="TEXT", help="text before every prompt, read once")
+    parser.add_argument("--field", default="output", metavar="NAME", help="the answers' column (default output)")
     parser.add_argument("--batch", type=values.positive, metavar="N", help="rows at once (default: by memory)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     length = "most tokens of a row, prompt and answer; longer ones are errors (default: what the longest row needs)"
@@ -168,7 +169,7 @@ def _add_serve(verbs) -> None:
     parser = _verb(verbs, "serve", _serve, "answer OpenAI clients over HTTP (chat and completions, streamed or not)")
     parser.add_argument("folder", metavar="DIR", help="a converted model; clients name it just so")
     parser.add_argument("--host", default="localhost", help="default localhost")
-    parser.add_argument("--port", type=values.positive, default=8000, metavar="N", help="default 8000")
+    parser.add_argument("--port", type=values.port, default=8000, metavar="N", help="default 8000")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
 
 
@@ -257,7 +258,10 @@ def _sweep(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompts]
+    try:
+        prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompts]
+    except UnicodeDecodeError as error:
+        raise LinearizeError(f"standard input is no text: {error}") from error
     from linearize.generation import generate_text
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "chat", "seed")
@@ -287,7 +291,7 @@ def _process(args: argparse.Namespace) -> None:
              "device", "disable_compile", "stop")  # fmt: skip
     how = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = Sampling(**{name: getattr(args, name) for name in how})
-    process(**{name: getattr(args, name) for name in names}, sampling=sampling)
+    process(**{name: getattr(args, name) for name in names}, sampling=sampling, field_name=args.field)
 
 
 def _serve(args: argparse.Namespace) -> None:

@@ -74,7 +74,8 @@ examples:
   linearize process runs/my rows.parquet out.jsonl --chat --template "Name the towns in: {text}" --batch 256
   accelerate launch -m linearize.cli process runs/my rows.jsonl out.jsonl     on several GPUs
 where layers or kv heads keep softmax, a row's memory grows with it: all prompts are counted first, or give --max-length
-OUT.errors.jsonl holds the rows that could not be answered; the same command again goes on where it stopped
+an output line is the row, its number as "row" (whatever that column was) and its answer; OUT.errors.jsonl holds those
+that could not be answered; the same command again goes on where it stopped, other settings (OUT.settings.json) do not
 """
 
 RECIPES_EPILOG = """\

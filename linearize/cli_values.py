@@ -9,6 +9,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    if positive(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be at most 65535, is '{text}'")
+    return int(text)
+
+
 def some_text(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty")

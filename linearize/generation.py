@@ -3,9 +3,10 @@
 import sys
 
 from .decoding import generate
-from .errors import LinearizeError, ModelError
+from .errors import LinearizeError
 from .lengths import max_positions
 from .loading import load
+from .process_prompts import check_chat
 from .sampling import Sampling
 from .state import State, read
 from .whole_folder import check_folder_of
@@ -24,6 +25,10 @@ def generate_text(folder, *, prompts: list[str], max_new_tokens: int = 64, tempe
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if not prompts or any(not p for p in prompts):
         raise LinearizeError("a prompt is empty: give some text to continue")
+    try:
+        "".join(prompts).encode()
+    except UnicodeEncodeError as error:  # Python keeps the bytes of an argument that is no UTF-8 as such characters
+        raise LinearizeError(f"a prompt is not UTF-8 text: {error}") from error
     if save_state and len(prompts) > 1:
         raise LinearizeError(f"--save-state writes the state of one text, not of {len(prompts)}")
     if save_state:
@@ -73,9 +78,8 @@ def _encode(tokenizer, prompts, chat, *, follows=False):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    if chat and tokenizer.chat_template is None:
-        raise ModelError("this model's tokenizer has no chat template; leave --chat out")
     if chat:
+        check_chat(tokenizer)
         messages = [[{"role": "user", "content": p}] for p in prompts]
         encoded = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", padding=len(prompts) > 1, return_dict=True

@@ -12,9 +12,10 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -49,24 +50,31 @@ def process(folder, source, target, *, template: str = "{text}", chat: bool = Fa
             device: str = "auto", mode: str = "auto", disable_compile: bool | None = None) -> dict:  # fmt: skip
     """Answers every row of `source` (.jsonl, .parquet or a dataset's folder) into the .jsonl file `target`.
 
-    template: the prompt, with a row's columns in braces. prefix: text before every prompt, read once. batch: None
-    takes what half of the free memory holds. max_length: the most tokens of a row, prefix, prompt and answer; longer
-    rows are errors. None: what the longest row needs, for which all prompts are counted first where the model keeps
-    softmax, whose memory grows with it. stop: an answer ends with the token that completes one of these texts.
+    template: the prompt, with a row's columns in braces. prefix: text before every prompt, read once; in a chat it is
+    in the message. batch: None takes what half of the free memory holds. max_length: the most tokens of a row,
+    prefix, prompt and answer; longer rows are errors. None: what the longest row needs, for which all prompts are
+    counted first where the model keeps softmax, whose memory grows with it. stop: an answer ends with the token that
+    completes one of these texts.
     disable_compile: of `Decoder`; None: compiled on a GPU where there may be COMPILED_FROM steps or more. An output
-    line is the row with its number as "row" and the answer under `field_name`. Returns this process's counts. Raises
-    DataError for a file or template that does no row any good.
+    line is the row with its number as "row" and the answer under `field_name`, a column that no row may have. Returns
+    this process's counts. Raises DataError for a file or template that does no row any good.
     """
     rows = open_rows(source)
     total = len(rows)
-    check_template(template, rows)
+    check_template(template, rows, answer=field_name)
     processes, rank, world = _processes(device)
-    output = Output(target, rank=rank, world=world)
+    output = Output(target, source=source, rank=rank, world=world)
     with closing(output):
+        settings = dict(model=str(Path(folder).resolve()), source=str(Path(source).resolve()), template=template,
+                        chat=chat, prefix=prefix, max_new_tokens=max_new_tokens, max_length=max_length,
+                        sampling=asdict(sampling or Sampling()), stop=list(stop), field_name=field_name)  # fmt: skip
+        output.check_settings(settings, rows=total, first=rank == 0)
+        if chat:  # a chat begins with its template; what all of them begin with is found, and read once
+            template, prefix = prefix.replace("{", "{{").replace("}", "}}") + template, ""
         model, tokenizer = load(folder, device=processes.device if processes else device)
         before = read(model, tokenizer(prefix, return_tensors="pt").input_ids) if prefix else None
         prompts = Prompts(model, tokenizer, before, template=template, chat=chat, max_new_tokens=max_new_tokens,
-                          max_length=max_length)  # fmt: skip
+                          max_length=max_length, answer=field_name)  # fmt: skip
 
         def left():
             return ((n, row) for n, row in enumerate(rows) if n % world == rank and not output.is_done(n))

@@ -2,12 +2,15 @@
 
 One process writes straight to OUT and OUT.errors.jsonl. Several write a pair of files each into OUT.parts, which the
 first puts into OUT, in order, when all have ended. Every line says its row, so that what is on the disk tells what is
-left to do, after a kill at any moment and with any number of processes.
+left to do, after a kill at any moment and with any number of processes; OUT.settings.json tells that it is the same
+work. What a kill leaves behind is all that was written; after a loss of power it is what was put on the disk, at least
+every SYNC_EVERY seconds.
 """
 
 import json
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from pathlib import Path
 from .errors import DataError
 from .whole_folder import check_folder_of
 
+SYNC_EVERY = 1.0  # seconds; a wait for the disk after each row would cost more than a short answer
 
 @dataclass(frozen=True)
 class BrokenRow:
@@ -39,7 +43,7 @@ class _JsonLines:
             for line in file:
                 try:
                     yield json.loads(line)
-                except ValueError as error:  # bad JSON or bad UTF-8
+                except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8; lists in lists in lists ...
                     reason = f"not JSON: {error}" if line.strip() else "an empty line"
                     yield BrokenRow(line.decode("utf-8", "backslashreplace").rstrip("\r\n"), reason)
 
@@ -47,31 +51,51 @@ class _JsonLines:
 def open_rows(source) -> Collection:
     """The rows in order, as often as wanted; a line that is no JSON comes as a BrokenRow. Raises DataError."""
     path = Path(source)
+    if path.is_file() and not os.access(path, os.R_OK):
+        raise DataError(f"{source} is not yours to read: chmod u+r {source}, or ask its owner")
     if path.suffix in (".jsonl", ".json") and path.is_file():
         return _JsonLines(path)
-    import datasets
-
     if path.suffix == ".parquet" and path.is_file():
-        return datasets.Dataset.from_parquet(str(path))
+        return _read_dataset(path, lambda datasets: datasets.Dataset.from_parquet(str(path)))
     if (path / "dataset_info.json").is_file():
-        return datasets.load_from_disk(str(path))
+        return _read_dataset(path, lambda datasets: datasets.load_from_disk(str(path)))
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
         raise DataError(f"{source} holds several splits: give the folder of one, {source}/NAME, of {splits}")
     raise DataError(f"{source}: no such .jsonl or .parquet file, nor a folder made by Dataset.save_to_disk")
 
 
+def _read_dataset(path: Path, read):
+    """What `read` makes of it, given the package. Raises DataError for files that are damaged or hold no row."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return read(datasets)
+    except (OSError, ValueError, IndexError, DatasetsError) as error:  # an IndexError: no file of rows in the folder
+        raise DataError(f"{path} cannot be read: it holds no rows, or is damaged ({error})") from error
+
+
 class Output:
     """Where this process writes, and which rows are done: `start` rows in OUT, and those of `done` in parts.
 
-    rank, world: this process's number, and how many there are. Raises DataError for files that this command did not
-    write, which stay as they are.
+    source: where rows are read. rank, world: this process's number, and how many there are. Raises DataError for
+    files that this command did not write or reads from, which stay as they are, and for such as cannot be written.
     """
 
-    def __init__(self, target, *, rank: int = 0, world: int = 1):
+    def __init__(self, target, *, source=None, rank: int = 0, world: int = 1):
         self.target, self.errors = Path(target), Path(f"{target}.errors.jsonl")
         self.parts = Path(f"{target}.parts")
         check_folder_of(self.target)
+        for path in (self.target, self.errors):
+            if source is not None and path.exists() and path.samefile(source):
+                raise DataError(f"{source} is where rows are read; give another output file")
+        try:
+            self._open(rank, world)
+        except OSError as error:
+            raise DataError(f"{self.target} cannot be written: {error}. Give another output file.") from error
+
+    def _open(self, rank: int, world: int) -> None:
         good, bad = ([row for row, *_ in _whole_lines(path)] for path in (self.target, self.errors))
         self.start = len(good) + len(bad)
         if sorted(good + bad) != list(range(self.start)) or sorted(good) != good:
@@ -83,19 +107,53 @@ class Output:
             mine = self.parts / f"good-{rank}.jsonl", self.parts / f"bad-{rank}.jsonl"
         for path in mine:
             _cut_half_a_line(path)
-        self._good, self._bad = (path.open("a", encoding="utf-8") for path in mine)
+        # half a character of a row has no UTF-8: it becomes an escape, the one by which JSON knows it
+        self._good, self._bad = (path.open("a", encoding="utf-8", errors="backslashreplace") for path in mine)
+        self._newest, self._synced = self._good, time.monotonic()
+
+    def check_settings(self, settings: dict, *, rows: int, first: bool = True) -> None:
+        """Raises DataError where rows were done with other settings, or there are more than the source has.
+
+        settings: what decides the answers, kept in OUT.settings.json, which the first process writes.
+        """
+        path, settings = Path(f"{self.target}.settings.json"), json.loads(json.dumps(settings))
+        if self.start > rows:
+            raise DataError(f"{self.target} holds {self.start:,} rows, the source {rows:,}; give another output file")
+        if (self.start or self.done) and path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if changed := [name for name, value in settings.items() if before.get(name) != value]:
+                raise DataError(
+                    f"{self.target} holds rows answered with another {', '.join(changed)} (see {path}). Give another "
+                    "output file, or remove that one to go on all the same."
+                )
+        elif first:
+            scratch = path.with_suffix(".tmp")
+            scratch.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            os.replace(scratch, path)
 
     def is_done(self, row: int) -> bool:
         return row < self.start or row in self.done
 
     def write(self, row: dict) -> None:
         """An answered row."""
-        _write(self._good, row)
+        self._add(self._good, row)
 
     def write_error(self, row: dict) -> None:
-        _write(self._bad, row)
+        self._add(self._bad, row)
+
+    def _add(self, file, row: dict) -> None:
+        """On the disk neither file runs ahead of the other: what was written to it is there before this goes on."""
+        if file is not self._newest or time.monotonic() - self._synced > SYNC_EVERY:
+            self._sync()
+        self._newest = file
+        _write(file, row)
+
+    def _sync(self) -> None:
+        os.fsync(self._newest.fileno())
+        self._synced = time.monotonic()
 
     def close(self) -> None:
+        self._sync()
         self._good.close()
         self._bad.close()
 
@@ -162,7 +220,6 @@ def _foreign(path: Path) -> DataError:
 
 
 def _write(file, row: dict) -> None:
-    """One line, on the disk before the next row's is: files never run ahead of each other by more than the last."""
+    """One line, the system's as soon as it is written, whatever becomes of this process."""
     file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     file.flush()
-    os.fsync(file.fileno())

@@ -7,7 +7,7 @@ from string import Formatter
 
 from tqdm import tqdm
 
-from .errors import DataError
+from .errors import DataError, ModelError
 from .lengths import max_positions
 from .process_files import BrokenRow
 from .state import State
@@ -18,6 +18,7 @@ class Prompts:
     """Makes prompts of rows that follow `before` (None: nothing) and leave room for max_new_tokens.
 
     max_length: the most tokens of a row, those of `before` and of the answer included; None: the model's positions.
+    answer: the answers' column, which no row may have. Raises ModelError for chat without a template.
     """
 
     model: object
@@ -27,10 +28,16 @@ class Prompts:
     chat: bool
     max_new_tokens: int
     max_length: int | None = None
+    answer: str | None = None
+
+    def __post_init__(self):
+        if self.chat:
+            check_chat(self.tokenizer)
 
     def tokens(self, row) -> list[int]:
         """The token ids of a row's prompt. Raises DataError for a row that makes none, or too many."""
-        prompt = fill(self.template, row)
+        # as in training text, half of a surrogate pair, which no tokenizer can encode, becomes '?'
+        prompt = fill(self.template, row, answer=self.answer).encode(errors="replace").decode()
         if self.chat:
             message = [{"role": "user", "content": prompt}]
             ids = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True).input_ids
@@ -65,6 +72,11 @@ class Prompts:
         return longest
 
 
+def check_chat(tokenizer) -> None:
+    if tokenizer.chat_template is None:
+        raise ModelError("this model's tokenizer has no chat template; leave --chat out")
+
+
 def columns_of(template: str) -> list[str]:
     """The columns that a template names. Raises DataError for one that is none."""
     try:
@@ -73,28 +85,35 @@ def columns_of(template: str) -> list[str]:
         raise DataError(f"the template {template!r} is none: {error}. {{{{ and }}}} stand for braces.") from error
 
 
-def fill(template: str, row) -> str:
-    """The template with a row's columns. Raises DataError for a row that lacks one, or is none."""
+def fill(template: str, row, *, answer: str | None = None) -> str:
+    """The template with a row's columns. Raises DataError for a row that lacks one, is none, or has one `answer`."""
     if isinstance(row, BrokenRow):
         raise DataError(row.reason)
     if not isinstance(row, dict):
         raise DataError(f"not an object but a {type(row).__name__}")
-    if null := [name for name in columns_of(template) if name in row and row[name] is None]:
+    if answer in row:
+        raise DataError(f"it has a column {answer!r} already, which the answer would replace; name that by --field")
+    given = {name: row[name] for name in columns_of(template) if name in row}
+    if null := [name for name, value in given.items() if value is None]:
         raise DataError(f"the column {null[0]!r} is null")
+    if given and all(isinstance(value, str) and not value.strip() for value in given.values()):
+        raise DataError(f"there is no text in {', '.join(map(repr, given))}")
     try:
         return template.format_map(row)
-    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, OverflowError) as error:
         columns = ", ".join(map(str, row))
         raise DataError(f"the template asks for {error}; the row's columns are {columns}") from error
 
 
-def check_template(template: str, rows: Iterable) -> None:
+def check_template(template: str, rows: Iterable, *, answer: str | None = None) -> None:
     """Raises DataError for a template that is none, or that fits no row; reads rows up to the first that it fits."""
     columns_of(template)
+    if answer == "row":
+        raise DataError("--field row: the number of a row has that name; choose another")
     first = None
     for row in rows:
         try:
-            fill(template, row)
+            fill(template, row, answer=answer)
         except DataError as error:
             first = first or error
         else:

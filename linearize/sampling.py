@@ -36,6 +36,7 @@ class Sampling:
             "top-p must be in (0, 1]": 0 < self.top_p <= 1,
             "min-p must be in [0, 1]": 0 <= self.min_p <= 1,
             "repetition-penalty must be above 0": self.repetition_penalty > 0,
+            "a seed must be a whole number of 64 bits": not isinstance(self.seed, int) or -(2**63) <= self.seed < 2**63,
         }
         wrong = [text for text, fine in ranges.items() if not fine]
         if wrong:

@@ -37,7 +37,7 @@ _GROWING = ("keys", "values", *_KEPT)
 
 
 class StateError(LinearizeError):
-    """A saved state is damaged, or belongs to another model or tokenizer."""
+    """A saved state is damaged, belongs to another model or tokenizer, or cannot be written."""
 
 
 @dataclass
@@ -128,7 +128,10 @@ class State:
         return sum(x.numel() * x.element_size() for layer in layers for x in _tensors(layer).values())
 
     def save(self, path, model, tokenizer=None) -> None:
-        """Writes a safetensors file that knows which model (and tokenizer) it belongs to."""
+        """Writes a safetensors file that knows which model (and tokenizer) it belongs to.
+
+        Raises StateError where it cannot be written.
+        """
         tensors = {"logits": self.logits, "tokens": self.tokens}
         for index, layer in enumerate(self.cache.layers):
             tensors |= {f"layers.{index}.{name}": x for name, x in _tensors(layer).items()}
@@ -136,7 +139,11 @@ class State:
         metadata = {"format": FORMAT, "model": fingerprint(model), "seen": json.dumps([int(x) for x in seen])}
         if tokenizer is not None:
             metadata["tokenizer"] = tokenizer_fingerprint(tokenizer)
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path, metadata=metadata)
+        tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        try:
+            save_file(tensors, path, metadata=metadata)
+        except (OSError, SafetensorError) as error:
+            raise StateError(f"{path} cannot be written: {error}. Give another file.") from error
 
     @classmethod
     def load(cls, path, model, tokenizer=None) -> "State":

@@ -138,12 +138,18 @@ def refused(capsys, *words) -> str:
     return captured.err
 
 
-def test_what_cannot_be_generated(folder, capsys, monkeypatch):
+def test_what_cannot_be_generated(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     for prompt in ("", "-"):
         assert "a prompt is empty" in refused(capsys, "generate", folder, "-p", "some text", "-p", prompt)
     for option, value in (("--temperature", -1), ("--top-p", 0), ("--top-p", 1.5)):
         assert f"{option[2:]} must be" in refused(capsys, "generate", folder, "-p", "text", option, value)
+    assert "64 bits" in refused(capsys, "generate", folder, "-p", "text", "--seed", 2**63)
+    assert "not UTF-8" in refused(capsys, "generate", folder, "-p", "text", "-p", "K\udcf6nig")  # of Latin-1
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"K\xf6nig"), encoding="utf-8"))
+    assert "standard input is no text" in refused(capsys, "generate", folder, "-p", "-")
+    (tmp_path / "a.state").mkdir()
+    assert "cannot be written" in refused(capsys, "generate", folder, "-p", "a", "--save-state", tmp_path / "a.state")
     with pytest.raises(LinearizeError, match="a prompt is empty"):
         generate_text(folder, prompts=[])
 
@@ -170,7 +176,11 @@ def test_folders_that_are_not_converted(folder, teacher, tmp_path, capsys):
 def test_chat_without_a_template(folder, tmp_path, capsys):
     model, _ = load(folder, device="cpu")
     export(model, make_tokenizer(), tmp_path / "out", dtype="auto", files={})
-    assert "no chat template; leave --chat out" in refused(capsys, "generate", tmp_path / "out", "--chat", "-p", "hi")
+    rows = tmp_path / "in.jsonl"
+    rows.write_text('{"text": "hi"}\n')
+    out = tmp_path / "out"
+    for words in (("generate", out, "-p", "hi"), ("process", out, rows, tmp_path / "answers")):
+        assert "no chat template; leave --chat out" in refused(capsys, *words, "--chat", "--device", "cpu")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is None
 
 

@@ -225,12 +225,14 @@ def test_what_is_refused(folder, capsys):
         ((folder, "--sides", "teacher-static"), "--against says which"),
         ((folder, "--sides", "pupil"), "choose from converted"),
         ((folder, "--new", 1), "at least 2"),
-        ((folder, "--batches", "max", "--prompts", "8"), "found on a GPU"),
+        ((folder, "--batches", "1,max", "--prompts", "8", "--new", 2), "found on a GPU"),
+        ((folder, "--cells", "8:1,8:max", "--new", 2), "found on a GPU"),
         (("--shape", "gpt-9"), "choose from llama-3.1-8b"),
         ((folder, "--output", "none/run"), "create it first"),
     ):
         assert run(*words) == 2
-        assert said in capsys.readouterr().err
+        captured = capsys.readouterr()
+        assert said in captured.err and captured.out == "", "before anything is measured"
     assert cli_values.pairs("0:128, 8k:max") == [(0, 128), (8192, "max")]
     for option, given, said in (
         ("--cells", "1k", "must be prompt:batch pairs"),

@@ -80,6 +80,14 @@ def test_a_common_prefix_is_read_once(folder, tmp_path):
     assert lines(tmp_path / "out.jsonl") == lines(tmp_path / "whole.jsonl")
 
 
+def test_a_prefix_in_a_chat_is_in_the_message(folder, tmp_path):
+    source, long = write(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS[:3]]), "the {town} of the old king: " * 3
+    run(folder, source, tmp_path / "out.jsonl", chat=True, prefix=long)
+    whole = long.replace("{", "{{").replace("}", "}}") + TEMPLATE
+    run(folder, source, tmp_path / "whole.jsonl", chat=True, template=whole)
+    assert lines(tmp_path / "out.jsonl") == lines(tmp_path / "whole.jsonl")
+
+
 def test_bad_rows_go_to_the_errors_and_nothing_else_is_lost(folder, tmp_path, capsys):
     bad = ["{broken", "[1]", {"other": 1}, {"text": "king " * 200}, ""]
     source = write(tmp_path / "in.jsonl", [{"text": "the old"}, *bad, {"text": "so"}])
@@ -95,6 +103,20 @@ def test_bad_rows_go_to_the_errors_and_nothing_else_is_lost(folder, tmp_path, ca
     assert run(folder, source, tmp_path / "out2.jsonl", template="{text}")["errors"] == 1
 
 
+def test_what_json_takes_and_utf_8_does_not(folder, tmp_path):
+    """Half a character, as texts cut by UTF-16 units have it, and a line of brackets."""
+    half, bad = "a\ud83d", ["[" * 100_000, {"other": "\ud83d"}]
+    source = write(tmp_path / "in.jsonl", [{"text": half}, *bad, {"text": "a?", "id": half}])
+    counts = run(folder, source, tmp_path / "out.jsonl")
+    assert counts["rows"] == 2 and counts["errors"] == 2
+    first, second = lines(tmp_path / "out.jsonl")
+    assert first["text"] == second["id"] == half, "as it came"
+    assert first["output"] == second["output"] != ""
+    errors = lines(tmp_path / "out.jsonl.errors.jsonl")
+    assert [e["input"] for e in errors] == bad and "recursion depth" in errors[0]["error"]
+    assert run(folder, source, tmp_path / "out.jsonl")["resumed_at"] == 4
+
+
 @pytest.mark.parametrize(
     ("template", "row", "said"),
     [
@@ -104,14 +126,17 @@ def test_bad_rows_go_to_the_errors_and_nothing_else_is_lost(folder, tmp_path, ca
         ("{text[a]}", {"text": "so"}, "asks for string indices must be integers"),
         ("{text:d}", {"text": "so"}, "asks for Unknown format code"),
         ("{} {text}", {"text": "so"}, "positional"),
+        ("{text:c}", {"text": 10**30}, "asks for Python int too large"),
+        ("Review: {text}", {"text": ""}, "no text in 'text'"),
+        ("{text} {of}", {"text": " \n", "of": ""}, "no text in 'text', 'of'"),
     ],
 )
 def test_a_row_that_makes_no_prompt(template, row, said):
     row = json.loads(row) if isinstance(row, str) else row
     with pytest.raises(DataError, match=said):
         fill(template, row)
-    good = {"text": "so", "of": {"name": "x"}}
-    assert fill("{text} {of[name]} {{}}", good) == "so x {}"
+    good = {"text": "so", "of": {"name": "x"}, "more": ""}
+    assert fill("{text}{more} {of[name]} {{}}", good) == "so x {}"
 
 
 def test_what_fits_no_row_is_refused_before_anything_is_written(folder, tmp_path):
@@ -163,6 +188,30 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(folder, tmp_path
     assert (tmp_path / "whole.jsonl").read_bytes() == before, "nothing left to do"
 
 
+def test_rows_are_gone_on_with_in_the_same_way_only(folder, tmp_path):
+    source, target = write(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS[:3]]), tmp_path / "out.jsonl"
+    run(folder, source, target)
+    before, settings = target.read_bytes(), tmp_path / "out.jsonl.settings.json"
+    other = write(tmp_path / "other.jsonl", [{"text": t} for t in TEXTS])
+    for changed, given in (
+        ("template", dict(template="{text} was")),
+        ("chat, prefix", dict(chat=True, prefix="so ")),
+        ("max_new_tokens, stop", dict(max_new_tokens=9, stop=["a"])),
+        ("sampling", dict(sampling=Sampling(temperature=1.0))),
+        ("source", dict(source=other)),
+    ):
+        with pytest.raises(DataError, match=f"answered with another {changed} .see"):
+            run(**{"folder": folder, "source": source, "target": target, **given})
+    assert target.read_bytes() == before
+    run(folder, write(source, [{"text": t} for t in TEXTS[:4]]), target, batch=1)
+    assert len(lines(target)) == 4, "rows that have been added"
+    settings.unlink()
+    run(folder, write(source, [{"text": t} for t in TEXTS[:5]]), target, template="{text} was")
+    assert len(lines(target)) == 5 and json.loads(settings.read_text())["template"] == "{text} was"
+    with pytest.raises(DataError, match="holds 5 rows, the source 2"):
+        run(folder, write(source, [{"text": t} for t in TEXTS[:2]]), target, template="{text} was")
+
+
 def test_other_sources_and_the_command_line(folder, tmp_path):
     data = datasets.Dataset.from_dict({"text": TEXTS[:2]})
     data.to_parquet(str(tmp_path / "in.parquet"))
@@ -206,6 +255,53 @@ def test_what_is_refused(folder, tmp_path):
         with pytest.raises(DataError, match="another output file"):
             run(folder, source, target)
         assert target.read_text() == content, "it stays as it was"
+
+
+def test_an_answer_replaces_no_column(folder, tmp_path, capsys):
+    rows = [{"text": "so", "output": "it is"}, {"text": "so"}]
+    source, target = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    assert run(folder, source, target)["errors"] == 1
+    assert "a column 'output' already" in lines(tmp_path / "out.jsonl.errors.jsonl")[0]["error"]
+    with pytest.raises(DataError, match="nothing was done.*'output' already"):
+        run(folder, target, tmp_path / "again.jsonl")
+    words = ["process", folder, source, tmp_path / "named.jsonl", "--template", TEMPLATE, "--field", "mine"]
+    assert cli.main([*map(str, words), "--max-new-tokens", "20", "--device", "cpu"]) == 0
+    first, second = lines(tmp_path / "named.jsonl")
+    with pytest.raises(DataError, match="--field row"):
+        run(folder, source, tmp_path / "numbers.jsonl", field_name="row")
+    assert first["output"] == "it is" and first["mine"] == second["mine"] == lines(target)[0]["output"]
+
+
+def test_rows_and_answers_are_two_files(folder, tmp_path):
+    """Numbered rows without a last newline look like answers of a run that was killed in the middle of a line."""
+    source = tmp_path / "in.jsonl.errors.jsonl"
+    source.write_text('{"row": 0, "text": "so"}\n{"row": 1, "text": "no"}')
+    (tmp_path / "link").symlink_to(source)
+    for target in (source, tmp_path / "link", tmp_path / "in.jsonl"):
+        with pytest.raises(DataError, match="where rows are read"):
+            run(folder, source, target)
+        assert source.read_text().endswith('"no"}')
+
+
+def test_files_that_cannot_be_read_or_written(folder, tmp_path, monkeypatch):
+    source = write(tmp_path / "in.jsonl", [{"text": "so"}])
+    for name in ("out", "other.errors.jsonl"):
+        (tmp_path / name).mkdir()
+    for target in ("out", "other"):
+        with pytest.raises(DataError, match="cannot be written: .*directory"):
+            run(folder, source, tmp_path / target)
+    data = datasets.Dataset.from_dict({"text": ["so"]})
+    for name in ("none", "cut"):
+        data.select(range(name == "cut")).save_to_disk(str(tmp_path / name))
+    (tmp_path / "cut" / "data-00000-of-00001.arrow").write_bytes(b"cut")
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 cut")
+    for name in ("none", "cut", "cut.parquet"):
+        with pytest.raises(DataError, match=f"{name} cannot be read"):
+            run(folder, tmp_path / name, tmp_path / "never")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(DataError, match="not yours to read"):
+        run(folder, source, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.parametrize("given", [None, 120])

@@ -15,6 +15,7 @@ import torch
 from test_process import lines, make_folder, run, write
 
 from linearize import process as process_module
+from linearize import process_files
 from linearize.errors import DataError
 from linearize.loading import load
 from linearize.process import pick_batch
@@ -154,6 +155,23 @@ def test_parts_that_lack_a_row_are_not_joined(tmp_path):
     with pytest.raises(DataError, match="lacks rows"):
         output.finish()
     assert target.read_bytes() == before and Path(f"{target}.parts").exists()
+
+
+def test_what_waits_for_the_disk(tmp_path, monkeypatch):
+    """Not every row; but before one file goes on, what was written to the other is there."""
+    events, now = [], [0.0]
+    names, sync, write_line = {}, os.fsync, process_files._write
+    monkeypatch.setattr(process_files.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(process_files.os, "fsync", lambda number: events.append(names[number]) or sync(number))
+    monkeypatch.setattr(process_files, "_write", lambda file, row: events.append(row["row"]) or write_line(file, row))
+    output = Output(tmp_path / "out.jsonl")
+    names.update({output._good.fileno(): "good", output._bad.fileno(): "bad"})
+    for n in range(11):
+        now[0] += 0.3
+        (output.write_error if n == 5 else output.write)({"row": n})
+        assert b'"row": %d}\n' % n in Path(f"{tmp_path}/out.jsonl{'.errors.jsonl' * (n == 5)}").read_bytes()
+    output.close()
+    assert events == [0, 1, 2, "good", 3, 4, "good", 5, "bad", 6, 7, 8, 9, "good", 10, "good"]
 
 
 # --- batches -----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pico import randomise
 from test_export import CHAT, make_tokenizer, save_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from linearize import cli
 from linearize.architecture import linearize_
 from linearize.errors import LinearizeError
 from linearize.export import export
@@ -97,6 +98,13 @@ def test_another_model_is_refused(client):
 
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="another", prompt=PROMPT, max_tokens=2)
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "x"])
+def test_ports(port, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "anything", "--port", port])
+    assert "argument --port: must be" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_said(monkeypatch):

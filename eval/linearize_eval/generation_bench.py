@@ -45,6 +45,10 @@ def bench_generation(folder=None, *, against=None, shape=None, prompts=(128, 102
     if output:
         check_folder_of(output)
     device = pick_device(device)
+    pairs = list(cells or itertools.product(prompts, batches))
+    own_process = device.type == "cpu" if own_process is None else own_process
+    if own_process and any(batch == "max" for _, batch in pairs):
+        raise LinearizeError("the largest batch is found on a GPU; give --batches, or --cells, of numbers here")
     rate = copy_rate(device)
     free_memory()
     print(describe(device, rate))
@@ -58,10 +62,9 @@ def bench_generation(folder=None, *, against=None, shape=None, prompts=(128, 102
         results.append(result)
         _report(result, output, first=len(results) == 1)
 
-    pairs = list(cells or itertools.product(prompts, batches))
     more = (steps, made_up, disable_compile, profile)
     cells = [Cell(side, prompt, new, batch, *more) for side in sides for prompt, batch in pairs]
-    if own_process or own_process is None and device.type == "cpu":
+    if own_process:
         for cell in cells:
             done(in_own_process(cell, options, rate))
     else:
@@ -135,8 +138,6 @@ def _largest(model, cell: Cell, rate: float) -> Result:
 
 def in_own_process(cell: Cell, options: dict, rate: float) -> Result:
     """`measure` in a new process, which loads the model. Raises LinearizeError where it fails."""
-    if cell.batch == "max":
-        raise LinearizeError("the largest batch is found on a GPU; give --batches numbers here")
     job = json.dumps({"cell": asdict(cell), "options": {**options, "device": str(options["device"])}, "rate": rate},
                      default=str)  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
