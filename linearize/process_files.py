@@ -20,6 +20,7 @@ from .whole_folder import check_folder_of
 
 SYNC_EVERY = 1.0  # seconds; a wait for the disk after each row would cost more than a short answer
 
+
 @dataclass(frozen=True)
 class BrokenRow:
     """A line that is no JSON, and why."""
