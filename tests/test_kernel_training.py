@@ -105,6 +105,9 @@ CASES = {
     "left padding": {"batch": 2, "pad": "left"},
     "right padding": {"batch": 2, "pad": "right", "sinks": 0},
     "segments": {"batch": 2, "cuts": (1, 2, 30, 45, 46)},
+    "segments that begin with chunks": {"cuts": (16, 32), "batch": 2},
+    "segments that begin with chunks, no sinks": {"cuts": (15, 48), "sinks": 0},
+    "segments that begin within a span": {"cuts": (40,)},  # of 32 slots
     "segments and padding, decay": {"batch": 2, "cuts": (20, 45, 46), "pad": "left", "decay": True},
     "large scores": {"large": 6.0},
     "large scores, gate as high": {"large": 6.0, "far_gate": 30.0},  # else the far term weighs nothing
@@ -237,6 +240,8 @@ GPU_CASES = {
     **{f"map dim {x}": {"map_dim": x} for x in (8, 24, 32)},
     **{f"{h} heads, {g} groups": {"heads": h, "groups": g} for h, g in ((3, 3), (9, 3), (8, 2), (16, 2))},
     "pieces": {"cuts": (1, 2, 3, 130, 131, 500, 501), "length": 1000, "batch": 2},
+    "pieces that begin with chunks": {"cuts": (256, 511), "length": 1000},  # of 256 tokens, or 128
+    "pieces that begin with chunks, no sinks": {"cuts": (255, 768), "length": 1000, "sinks": 0},
     "pieces, decay, no sinks": {"cuts": (64, 128, 500), "length": 1000, "decay": True, "sinks": 0},
     "left padding, per query head": {"pad": "left", "batch": 3, "per": "query_head"},
     "decay": {"decay": True, "length": 1000},
