@@ -14,7 +14,8 @@ from test_cuda_prefill import make, relative
 from linearize_kernels import attention_quadratic, cuda, cuda_backward
 from linearize_kernels.dispatch import can_backward_cuda
 
-TEXTS = {"pieces": (1, 90, 1, 1, 40, 67), "long": (150, 50), "one": (200,), "edges": (64, 63, 65, 8)}
+TEXTS = {"pieces": (1, 90, 1, 1, 40, 67), "long": (150, 50), "one": (200,), "edges": (64, 63, 65, 8),
+         "from a slot before a boundary": (127, 73)}  # fmt: skip
 
 
 def small(window, map_dim=4, texts=None):
