@@ -54,7 +54,7 @@ CASES = {
     "from nothing": {"prompt": 0, "tokens": 9},
     "folding": {"prompt": 5, "tokens": 70 if ON_GPU else 12, "batch": 1},
     "folding, decay, padding": FOLDING,
-    "two groups": {"heads": 4, "groups": 2, "batch": 1},
+    "two groups, decay": {"heads": 4, "groups": 2, "batch": 1, "decay": True},
     "padding longer than the window": {"prompt": 12, "pad": 11},
     "gate above all, nothing far": {"prompt": 2, "tokens": 4, "far_gate": 300.0},
     "no sinks": {"sinks": 0},

@@ -107,7 +107,7 @@ CASES = {
     "groups": {"heads": 4, "groups": 2},
     "scores to 240": {"large": 8.0, "cuts": (50,)},
     "scores to 100, gate as high": {"large": 6.0, "cuts": (50,), "far_gate": 30.0},
-    "decay": {"decay": True, "cuts": (40,)},
+    "decay, groups": {"decay": True, "heads": 4, "groups": 2, "cuts": (40,)},
     "decay, whole": {"decay": True},
     "left padding": {"batch": 2, "pad": "left"},
     "right padding, cut": {"batch": 2, "pad": "right", "cuts": (32,)},

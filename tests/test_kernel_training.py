@@ -101,7 +101,7 @@ CASES = {
     "window 18": {"window": 18},
     "groups": {"heads": 4, "groups": 2},
     "per query head, decay": {"heads": 4, "groups": 2, "per": "query_head", "decay": True},
-    "decay": {"decay": True},
+    "decay, groups": {"decay": True, "heads": 4, "groups": 2},
     "left padding": {"batch": 2, "pad": "left"},
     "right padding": {"batch": 2, "pad": "right", "sinks": 0},
     "segments": {"batch": 2, "cuts": (1, 2, 30, 45, 46)},
