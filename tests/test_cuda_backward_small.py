@@ -62,6 +62,7 @@ def cases():
         for window in (16, 64, 90):
             case = dict(length=200, batch=2, heads=2, groups=1, change=small(window, texts=texts))
             yield f"texts, {name}, window {window}", case
+    yield "texts, from slot 191", dict(length=240, heads=2, groups=1, change=small(16, texts=(191, 49)))
     # A sum's boundary, slot 64, between the sinks of a text.
     yield "texts with 7 sinks", dict(length=200, batch=2, sinks=7, change=small(20, texts=(60, 140)))
     frozen = dict(length=180, heads=2, groups=1, batch=2, frozen=True)
