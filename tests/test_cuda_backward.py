@@ -27,6 +27,7 @@ CASES = {
     "large gates": {"length": 260, "gate": 10.0},
     "small gates": {"length": 200, "gate": -10.0},
     "no far term": {"length": 200, "gate": -torch.inf},
+    "gate above all, nothing far": {"length": 68, "gate": 300.0},
     "views of padded rows": {"length": 140, "extra": 8},
     "float32 maps": {"length": 200, "far_dtype": torch.float32},
     "nothing of what rounding lost": {"length": 200, "gate": 5.0, "keep_rest": False},

@@ -56,6 +56,7 @@ def cases():
     yield "logits to 60", dict(length=200, large=4.0, heads=16, groups=16, change=small(64))
     yield "large gates", dict(length=260, gate=10.0, change=small(70))
     yield "no far term", dict(length=200, gate=-torch.inf, change=small(70))
+    yield "gate above all, nothing far", dict(length=74, gate=300.0, change=small(70))
     yield "views of padded rows", dict(length=140, extra=8, change=small(50))
     yield "float32 maps", dict(length=200, far_dtype=torch.float32, change=small(50))
     for name, texts in TEXTS.items():
