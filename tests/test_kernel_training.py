@@ -107,7 +107,7 @@ CASES = {
     "segments": {"batch": 2, "cuts": (1, 2, 30, 45, 46)},
     "segments that begin with chunks": {"cuts": (16, 32), "batch": 2},
     "segments that begin with chunks, no sinks": {"cuts": (15, 48), "sinks": 0},
-    "segments that begin within a span": {"cuts": (40,)},  # of 32 slots
+    **{f"a segment begins at {at}, within a span": {"cuts": (at,), "length": 112} for at in (40, 80)},  # of 32 slots
     "segments and padding, decay": {"batch": 2, "cuts": (20, 45, 46), "pad": "left", "decay": True},
     "large scores": {"large": 6.0},
     "large scores, gate as high": {"large": 6.0, "far_gate": 30.0},  # else the far term weighs nothing
