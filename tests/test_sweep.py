@@ -213,6 +213,11 @@ def test_running_out_of_memory_is_a_failure_of_one_variant(tmp_path, inputs, mon
     with pytest.raises(LinearizeError, match=r"2 of 2 variants failed:\n.*lr=0.001: RuntimeError: out of memory"):
         sweep(str(save_recipe(tmp_path, *inputs, **TINY)), grid=GRID[1:])
     assert [row["error"] for row in rows_of(tmp_path / "out.sweep")] == ["RuntimeError: out of memory"] * 2
+    record = tmp_path / "out.sweep" / "match.lr=0.001.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "minutes": 7.0}))
+    with pytest.raises(LinearizeError):
+        sweep(str(tmp_path / "recipe.yaml"), grid=GRID[1:])
+    assert rows_of(tmp_path / "out.sweep")[0]["minutes"] == "7.0", "those of tries before count"
 
 
 def test_figures_that_are_not_finite_are_left_open(swept):
