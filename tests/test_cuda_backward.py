@@ -112,6 +112,25 @@ def test_emulated(name, reverse, monkeypatch):
 
 
 @pytest.mark.skipif(bool(cuda_emulator.WHY_NOT), reason=cuda_emulator.WHY_NOT)
+@pytest.mark.parametrize("map_dim", [4, 16])
+def test_what_the_output_lost_costs_the_keys_and_the_gate_nothing(map_dim, monkeypatch):
+    """Their gradients are found with a delta that the slopes' own sum has corrected."""
+
+    def coarse(*args, exact=forward, **options):
+        out, rest, lse = exact(*args, **options)
+        return (out * 4).round() / 4, torch.zeros_like(rest), lse
+
+    def far_from_zero(inputs, options):
+        return {**inputs, "v": inputs["v"] + 3}, options
+
+    monkeypatch.setattr(cuda, "kernel", cuda_emulator.kernel)
+    monkeypatch.setitem(globals(), "forward", coarse)
+    errors = check("cpu", monkeypatch, length=200, gate=3.0, map_dim=map_dim, change=far_from_zero)
+    assert all(errors[name] < 1e-2 for name in ("dk", "dv", "dk_far", "dgate")), errors
+    assert errors["dq"] > 5e-2, "the output was not coarse"
+
+
+@pytest.mark.skipif(bool(cuda_emulator.WHY_NOT), reason=cuda_emulator.WHY_NOT)
 def test_training_takes_it(monkeypatch):
     """What the autograd function hands over, and in which order it gives gradients back."""
     pytest.importorskip("triton", reason="Triton is not installed")
