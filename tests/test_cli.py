@@ -378,3 +378,9 @@ def test_doctor_names_versions_and_why_no_kernel_runs_on_a_cpu(capsys):
     taken = {name: rest.split(" (")[0] for name, rest in operations}
     assert taken["training attention, bfloat16"] == taken["prefill, float32"] == "reference"
     assert taken["losses of logits, bfloat16"] == "reference"
+
+
+def test_doctor_says_what_may_be_asked_for(monkeypatch, capsys):
+    monkeypatch.setenv("LINEARIZE_KERNELS", "fast")
+    assert cli.main(["doctor", "--device", "cpu"]) == 2
+    assert "LINEARIZE_KERNELS='fast': choose one of auto, reference, triton, cuda" in capsys.readouterr().err

@@ -27,6 +27,7 @@ CASES = {
     "large gates": {"length": 260, "gate": 10.0},
     "small gates": {"length": 200, "gate": -10.0},
     "no far term": {"length": 200, "gate": -torch.inf},
+    "gate above all, nothing far": {"length": 68, "gate": 300.0},
     "views of padded rows": {"length": 140, "extra": 8},
     "float32 maps": {"length": 200, "far_dtype": torch.float32},
     "nothing of what rounding lost": {"length": 200, "gate": 5.0, "keep_rest": False},
@@ -108,6 +109,25 @@ def passes(errors):
 def test_emulated(name, reverse, monkeypatch):
     monkeypatch.setattr(cuda, "kernel", functools.partial(cuda_emulator.kernel, reverse=reverse))
     passes(check("cpu", monkeypatch, **CASES[name]))
+
+
+@pytest.mark.skipif(bool(cuda_emulator.WHY_NOT), reason=cuda_emulator.WHY_NOT)
+@pytest.mark.parametrize("map_dim", [4, 16])
+def test_what_the_output_lost_costs_the_keys_and_the_gate_nothing(map_dim, monkeypatch):
+    """Their gradients are found with a delta that the slopes' own sum has corrected."""
+
+    def coarse(*args, exact=forward, **options):
+        out, rest, lse = exact(*args, **options)
+        return (out * 4).round() / 4, torch.zeros_like(rest), lse
+
+    def far_from_zero(inputs, options):
+        return {**inputs, "v": inputs["v"] + 3}, options
+
+    monkeypatch.setattr(cuda, "kernel", cuda_emulator.kernel)
+    monkeypatch.setitem(globals(), "forward", coarse)
+    errors = check("cpu", monkeypatch, length=200, gate=3.0, map_dim=map_dim, change=far_from_zero)
+    assert all(errors[name] < 1e-2 for name in ("dk", "dv", "dk_far", "dgate")), errors
+    assert errors["dq"] > 5e-2, "the output was not coarse"
 
 
 @pytest.mark.skipif(bool(cuda_emulator.WHY_NOT), reason=cuda_emulator.WHY_NOT)

@@ -14,7 +14,8 @@ from test_cuda_prefill import make, relative
 from linearize_kernels import attention_quadratic, cuda, cuda_backward
 from linearize_kernels.dispatch import can_backward_cuda
 
-TEXTS = {"pieces": (1, 90, 1, 1, 40, 67), "long": (150, 50), "one": (200,), "edges": (64, 63, 65, 8)}
+TEXTS = {"pieces": (1, 90, 1, 1, 40, 67), "long": (150, 50), "one": (200,), "edges": (64, 63, 65, 8),
+         "from a slot before a boundary": (127, 73)}  # fmt: skip
 
 
 def small(window, map_dim=4, texts=None):
@@ -55,12 +56,14 @@ def cases():
     yield "logits to 60", dict(length=200, large=4.0, heads=16, groups=16, change=small(64))
     yield "large gates", dict(length=260, gate=10.0, change=small(70))
     yield "no far term", dict(length=200, gate=-torch.inf, change=small(70))
+    yield "gate above all, nothing far", dict(length=74, gate=300.0, change=small(70))
     yield "views of padded rows", dict(length=140, extra=8, change=small(50))
     yield "float32 maps", dict(length=200, far_dtype=torch.float32, change=small(50))
     for name, texts in TEXTS.items():
         for window in (16, 64, 90):
             case = dict(length=200, batch=2, heads=2, groups=1, change=small(window, texts=texts))
             yield f"texts, {name}, window {window}", case
+    yield "texts, from slot 191", dict(length=240, heads=2, groups=1, change=small(16, texts=(191, 49)))
     # A sum's boundary, slot 64, between the sinks of a text.
     yield "texts with 7 sinks", dict(length=200, batch=2, sinks=7, change=small(20, texts=(60, 140)))
     frozen = dict(length=180, heads=2, groups=1, batch=2, frozen=True)

@@ -86,7 +86,7 @@ DOCUMENTS = {
     "one": {"length": 150, "cuts": ()},
     "three": {"length": 300, "cuts": (70, 200)},
     "short ones": {"length": 140, "cuts": (1, 2, 5, 64, 128)},
-    "shared by programs": {"length": 400, "cuts": (64, 65, 199, 330), "segments": 3},
+    "shared by programs": {"length": 400, "cuts": (64, 65, 133, 199, 330), "segments": 3},  # a part begins at 133
     "one beyond its part": {"length": 260, "cuts": (10, 250), "segments": 4},
     "heads and rows": {"length": 150, "cuts": (61,), "heads": 4, "groups": 2, "batch": 2, "segments": 2},
     "no sinks": {"length": 200, "cuts": (90,), "sinks": 0},

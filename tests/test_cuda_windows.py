@@ -46,7 +46,7 @@ TRAINED = {
 }
 DOCUMENTS = {
     "short ones": {"length": 140, "cuts": (1, 2, 5, 64, 128), **RECIPE},
-    "shared by programs": {"length": 600, "cuts": (64, 65, 299, 330), "segments": 3, **RECIPE},
+    "shared by programs": {"length": 600, "cuts": (64, 65, 299, 400), "segments": 3, **RECIPE},  # a part begins at 400
     "heads and rows": {"length": 350, "cuts": (61,), "heads": 4, "groups": 2, "batch": 2, "segments": 2, **RECIPE},
 }
 IN_EMULATOR = pytest.mark.skipif(bool(cuda_emulator.WHY_NOT), reason=cuda_emulator.WHY_NOT)

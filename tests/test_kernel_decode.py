@@ -3,6 +3,7 @@
 Without a GPU it runs in Triton's interpreter (see conftest.py), in float32.
 """
 
+import functools
 import math
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from decode_inputs import DEVICE, make, part, prefilled
 
-from linearize_kernels import State, attention_quadratic, can_decode, self_test
+from linearize_kernels import State, attention_quadratic, can_decode, dispatch, self_test
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from linearize_kernels import decode as decode_module  # noqa: E402
@@ -21,6 +22,7 @@ from linearize_kernels.map_heads import map_heads  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
+triton_decode = functools.partial(decode, implementation="triton")  # "auto" takes CUDA where that can run
 pytestmark = pytest.mark.usefixtures("fold_early")
 
 
@@ -33,11 +35,17 @@ def check(prompt=10, state_dtype=torch.float32, splits=None, tolerance=1e-5, **c
     outputs = []
     for t in range(prompt, expected.shape[2]):
         out = torch.full_like(expected[:, :, :1], float("nan"), dtype=inputs["q"].dtype)
-        outputs.append(decode(**part(inputs, t, t + 1), state=state, **decay, out=out))
+        outputs.append(triton_decode(**part(inputs, t, t + 1), state=state, **decay, out=out))
     error = (torch.cat(outputs, 2).double() - expected[:, :, prompt:]).norm() / expected[:, :, prompt:].norm()
     low = torch.bfloat16 in (inputs["q"].dtype, state_dtype)
     assert error < (5e-3 if low else tolerance), f"{error:.1e}"
     return state.to_state(log_decay=options["log_decay"]), last, options
+
+
+def test_the_tables_are_of_triton(monkeypatch):
+    """Where CUDA can run, "auto" takes it in nearly all of them."""
+    monkeypatch.setattr(dispatch, "can_decode_cuda", lambda *_, **__: pytest.fail("CUDA is asked for"))
+    check(tokens=1)
 
 
 FOLDING = {"prompt": 9, "tokens": 68 if ON_GPU else 18, "decay": True, "pad": 4}
@@ -46,13 +54,14 @@ CASES = {
     "from nothing": {"prompt": 0, "tokens": 9},
     "folding": {"prompt": 5, "tokens": 70 if ON_GPU else 12, "batch": 1},
     "folding, decay, padding": FOLDING,
-    "two groups": {"heads": 4, "groups": 2, "batch": 1},
+    "two groups, decay": {"heads": 4, "groups": 2, "batch": 1, "decay": True},
     "padding longer than the window": {"prompt": 12, "pad": 11},
     "gate above all, nothing far": {"prompt": 2, "tokens": 4, "far_gate": 300.0},
     "no sinks": {"sinks": 0},
     "from nothing, no sinks": {"prompt": 0, "tokens": 9, "sinks": 0},
     "scores to 60": {"large": 4.0, "tokens": 12},
     "scores to 240": {"large": 8.0, "tokens": 12, "tolerance": 1e-4},  # exp(88) is beyond float32
+    "scores to 60, gate as high": {"large": 4.0, "tokens": 12, "far_gate": 30.0},
     "one head": {"heads": 1, "groups": 1},
     "three heads a group, odd head dim": {"heads": 3, "head_dim": 24, "batch": 1},
     "splits": {"head_dim": 40, "splits": 2, "batch": 1},
@@ -104,7 +113,7 @@ GPU_CASES = {
     "many folds": {"tokens": 300, "window": 16, "batch": 1},
     **{f"head dim {x}": {"head_dim": x} for x in (80, 96, 128)},
     **{f"map dim {x}": {"map_dim": x} for x in (4, 8, 24, 32)},
-    **{f"{h} heads, {g} groups": {"heads": h, "groups": g} for h, g in ((3, 3), (9, 3), (16, 2))},
+    **{f"{h} heads, {g} groups": {"heads": h, "groups": g} for h, g in ((3, 3), (9, 3), (8, 2), (16, 2))},
     **{f"window {w}": {"window": w, "prompt": w + 30} for w in (16, 128, 256)},
     **{f"{n} splits": {"splits": n, "head_dim": 128} for n in (1, 2, 8)},
     "no sinks": {"sinks": 0},
@@ -142,12 +151,12 @@ def test_graph_replay_equals_eager():
     inputs, options, valid = make(**shape)
     steps = [part(inputs, t, t + 1) for t in range(70, 270)]
     eager_state, state = (prefilled(inputs, options, valid, 70) for _ in range(2))
-    eager = [decode(**x, state=eager_state, scaling=options["scaling"]) for x in steps]
+    eager = [triton_decode(**x, state=eager_state, scaling=options["scaling"]) for x in steps]
     static = {name: x.clone() for name, x in steps[0].items()}
     out = torch.empty_like(eager[0])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # nothing runs while it is captured
-        decode(**static, state=state, scaling=options["scaling"], out=out)
+        triton_decode(**static, state=state, scaling=options["scaling"], out=out)
     for x, expected in zip(steps, eager, strict=True):
         for name in static:
             static[name].copy_(x[name])
@@ -183,8 +192,9 @@ def test_can_decode_trusts_the_kernels_here(shape, batch):
     k = torch.zeros(batch, groups, 1, head_dim, device="cuda", dtype=torch.bfloat16)
     k_far = torch.zeros(batch, groups, 1, 16, device="cuda")
     state = State.empty(k, k, k_far, num_features=153, sinks=4, ring=63)
-    verdict = can_decode(decode_module.DecodeState.from_state(state, window=64), heads=heads)
-    assert verdict, verdict.reason
+    state = decode_module.DecodeState.from_state(state, window=64)
+    for verdict in (can_decode(state, heads=heads), dispatch.can_decode_triton(state, heads=heads, decay=False)):
+        assert verdict, verdict.reason
 
 
 def test_a_launch_of_many_rows_and_heads_is_within_what_a_gpu_takes(monkeypatch):

@@ -20,6 +20,7 @@ from linearize_kernels.sums import key_sums  # noqa: E402
 from linearize_kernels.training import attention_training, launch_forward  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
+triton_training = functools.partial(attention_training, forward="triton", backward="triton")  # "auto" may take CUDA
 DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
 SMALL = Config(*[Tiles(16, 16, 16, 4, 1)] * 3, SumTiles(16, 16, 4, 1), 16)  # chunks and far tiles in short texts
 MIXED = Config(
@@ -73,7 +74,7 @@ def check(case, config=None, frozen=()):
     right = run(attention_quadratic, inputs, options, grad, torch.float64, frozen)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     try:
-        got = run(lambda **kw: attention_training(**kw, config=config), inputs, options, grad, frozen=frozen)
+        got = run(functools.partial(triton_training, config=config), inputs, options, grad, frozen=frozen)
     finally:
         torch.use_deterministic_algorithms(False)
     plain = run(attention_quadratic, inputs, options, grad, frozen=frozen) if dtype == torch.bfloat16 else None
@@ -96,17 +97,23 @@ CASES = {
        for n, lengths in ((0, (11, 12, 13)), (3, (13, 15, 16))) for t in lengths},  # 13 and 16: one pair is far
     "no sinks": {"sinks": 0},
     "window 1": {"window": 1, "sinks": 1, "length": 40},
+    "window 15": {"window": 15},  # with tiles of 16 an error of one in the tiles' ranges shows at 15 or at 18
+    "window 18": {"window": 18},
     "groups": {"heads": 4, "groups": 2},
     "per query head, decay": {"heads": 4, "groups": 2, "per": "query_head", "decay": True},
-    "decay": {"decay": True},
+    "decay, groups": {"decay": True, "heads": 4, "groups": 2},
     "left padding": {"batch": 2, "pad": "left"},
     "right padding": {"batch": 2, "pad": "right", "sinks": 0},
     "segments": {"batch": 2, "cuts": (1, 2, 30, 45, 46)},
+    "segments that begin with chunks": {"cuts": (16, 32), "batch": 2},
+    "segments that begin with chunks, no sinks": {"cuts": (15, 48), "sinks": 0},
+    **{f"a segment begins at {at}, within a span": {"cuts": (at,), "length": 112} for at in (40, 80)},  # of 32 slots
     "segments and padding, decay": {"batch": 2, "cuts": (20, 45, 46), "pad": "left", "decay": True},
     "large scores": {"large": 6.0},
+    "large scores, gate as high": {"large": 6.0, "far_gate": 30.0},  # else the far term weighs nothing
     "gate off": {"far_gate": -float("inf")},
     "gate high": {"far_gate": 40.0},
-    "gate above all, nothing far": {"far_gate": 300.0, "length": 11},
+    "gate above all, nothing far": {"far_gate": 300.0, "length": 15},
     "gate above all, short pieces": {"far_gate": 300.0, "cuts": (9, 20, 31, 40, 52)},
 }  # fmt: skip
 
@@ -115,6 +122,13 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_small_cases(name, dtype):
     check({**CASES[name], "dtype": dtype}, config=SMALL if dtype == torch.float32 else None)
+
+
+def test_the_tables_are_of_triton(monkeypatch):
+    """Where CUDA can run, "auto" takes it in most of them."""
+    for name in ("can_forward_cuda", "can_backward_cuda"):
+        monkeypatch.setattr(f"linearize_kernels.training.{name}", lambda *_, **__: pytest.fail("CUDA is asked for"))
+    check({"length": 20}, config=SMALL if not ON_GPU else None)
 
 
 FROZEN_CASES = (
@@ -142,8 +156,7 @@ def test_what_the_output_lost_costs_the_gate_and_the_keys_nothing(frozen, monkey
         return out.bfloat16().float(), rest, lse
 
     monkeypatch.setattr("linearize_kernels.training.launch_forward", coarse)
-    take = functools.partial(attention_training, config=SMALL, forward="triton", backward="triton")
-    got = run(take, inputs, options, grad, frozen=frozen)
+    got = run(functools.partial(triton_training, config=SMALL), inputs, options, grad, frozen=frozen)
     for name in ("gate", "k_far", *([] if frozen else ["k", "v"])):
         assert (got[name] - right[name]).norm() <= 1e-4 * right[name].norm(), name
     assert (got["q_far"] - right["q_far"]).norm() > 1e-3 * right["q_far"].norm(), "the output was not coarse"
@@ -227,6 +240,8 @@ GPU_CASES = {
     **{f"map dim {x}": {"map_dim": x} for x in (8, 24, 32)},
     **{f"{h} heads, {g} groups": {"heads": h, "groups": g} for h, g in ((3, 3), (9, 3), (8, 2), (16, 2))},
     "pieces": {"cuts": (1, 2, 3, 130, 131, 500, 501), "length": 1000, "batch": 2},
+    "pieces that begin with chunks": {"cuts": (256, 511), "length": 1000},  # of 256 tokens, or 128
+    "pieces that begin with chunks, no sinks": {"cuts": (255, 768), "length": 1000, "sinks": 0},
     "pieces, decay, no sinks": {"cuts": (64, 128, 500), "length": 1000, "decay": True, "sinks": 0},
     "left padding, per query head": {"pad": "left", "batch": 3, "per": "query_head"},
     "decay": {"decay": True, "length": 1000},
@@ -234,6 +249,7 @@ GPU_CASES = {
     "long pieces, with spans": {"length": 3000, "cuts": (700, 701, 1800), "heads": 2, "groups": 1},
     "long, per query head": {"length": 1500, "per": "query_head"},
     "scores to 60": {"large": 4.0},
+    "scores to 60, gate as high": {"large": 4.0, "far_gate": 30.0},
     "window 214, map dim 4": {"window": 214, "map_dim": 4, "length": 1000, "heads": 9, "groups": 3},
     "window 214, map dim 4, pieces": {"window": 214, "map_dim": 4, "length": 1000, "cuts": (100, 300, 310, 650)},
 }  # fmt: skip

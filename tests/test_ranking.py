@@ -222,6 +222,7 @@ def test_the_layer_that_differs_is_found(by):
     assert abs(kl[2]) < 1e-6 and all(kl[i] == pytest.approx(result["none"]["kl"], rel=1e-3) for i in (0, 1, 3))
     assert result["none"]["kl"] > 0.01 and abs(result["teacher"]["kl"]) < 1e-7
     assert [len(f["kept"]) for f in result["curve"]] == [1, 2, 3, 4] == [len(f["kept"]) for f in result["even"]]
+    assert [f["kept"] for f in result["even"][:2]] == [[[2, None]], [[1, None], [3, None]]]
     assert abs(result["curve"][-1]["kl"]) < 1e-6
     if by == "kl":
         assert result["chain"][0] == [2, None] and result["curve"][0]["kept"] == [[2, None]]

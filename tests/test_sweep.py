@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+from matplotlib.axes import Axes
 from test_export import REPORT, SHORT, save_model, save_recipe, save_text, steps_of
 
 from linearize import cli, data
@@ -16,7 +17,7 @@ from linearize.recipe import load_recipe
 from linearize_eval import sweep as sweep_module
 from linearize_eval.report import load_report
 from linearize_eval.sweep import plan_sweep, sweep, variant_name
-from linearize_eval.sweep_results import draw_results, figures_of
+from linearize_eval.sweep_results import draw_results, figures_of, frontier
 
 TOKENS_GRID = ["match.tokens=384,768"]
 GRID = ["attention.feature_map.dim=2,4", "match.lr=1e-3,1e-2"]
@@ -156,6 +157,28 @@ def test_the_picture_has_points_of_both_distances(swept, tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
+def test_the_frontier_is_of_what_nothing_smaller_beats():
+    points = [(2, 6.0), (1, 5.0), (2, 4.0), (3, 4.0), (5, 2.0), (4, 1.0)]
+    assert frontier(points) == [(1, 5.0), (2, 4.0), (4, 1.0)] and frontier([]) == []
+
+
+def test_a_line_leads_along_the_frontier(tmp_path, monkeypatch):
+    lines, draw = [], Axes.plot
+
+    def plot(axes, *args, **options):
+        lines.append((args[:2], options))
+        return draw(axes, *args, **options)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    copies = [(8, 3.0), (1, 5.0), (2, 7.0), (4, None)]
+    figures = [{"copy@12": copy, "state_bytes_4k": size, "teacher": {"copy@12": 1.2}} for size, copy in copies]
+    assert draw_results([{"figures": f, "grid": {"match.lr": 1}} for f in figures], tmp_path / "a.png")
+    assert [data for data, options in lines if options.get("drawstyle")] == [((1, 8), (5.0, 3.0))]
+    (tmp_path / "a.png").unlink()
+    nothing = [{"figures": {**f, "copy@12": None}, "grid": {}} for f in figures]
+    assert not draw_results(nothing, tmp_path / "a.png") and not (tmp_path / "a.png").exists()
+
+
 def test_a_failed_variant_is_reported_and_the_others_go_on(tmp_path, inputs, capsys, monkeypatch):
     recipe = str(save_recipe(tmp_path, *inputs, **TINY))
     command = ["sweep", recipe, "--grid", "attention.keep_softmax.layers=[9],[1]", "--keep-models"]
@@ -190,6 +213,11 @@ def test_running_out_of_memory_is_a_failure_of_one_variant(tmp_path, inputs, mon
     with pytest.raises(LinearizeError, match=r"2 of 2 variants failed:\n.*lr=0.001: RuntimeError: out of memory"):
         sweep(str(save_recipe(tmp_path, *inputs, **TINY)), grid=GRID[1:])
     assert [row["error"] for row in rows_of(tmp_path / "out.sweep")] == ["RuntimeError: out of memory"] * 2
+    record = tmp_path / "out.sweep" / "match.lr=0.001.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "minutes": 7.0}))
+    with pytest.raises(LinearizeError):
+        sweep(str(tmp_path / "recipe.yaml"), grid=GRID[1:])
+    assert rows_of(tmp_path / "out.sweep")[0]["minutes"] == "7.0", "those of tries before count"
 
 
 def test_figures_that_are_not_finite_are_left_open(swept):

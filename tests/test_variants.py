@@ -7,9 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from linearize.architecture import linearize_
+from linearize.finetune import add_lora
 from linearize.modeling_linearized import linear_attentions
-from linearize.recipe import AttentionSettings, FeatureMapSettings
-from linearize.variants import ablated_attention, equal_window, softmax_attention
+from linearize.recipe import AttentionSettings, FeatureMapSettings, LoraSettings
+from linearize.variants import ablated_attention, equal_window, report_variants, softmax_attention
 
 TOKENS = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(0))
 
@@ -86,6 +87,29 @@ def test_models_are_as_before_afterwards_even_after_an_error():
             assert not torch.equal(logits(model), before)
             raise KeyError
         assert torch.equal(logits(model), before)
+
+
+def test_rows_of_the_report_card_are_what_they_are_called():
+    """Of a model with LoRA: teacher and untrained window know nothing of it, the others do."""
+    base, model = make_models()
+    model = add_lora(model, LoraSettings(rank=2)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
+    window = equal_window(linear_attentions(model).values(), dtype_bytes=4)
+    expected = {"teacher": logits(base), "converted": logits(model)}
+    with ablated_attention(model, far=False):
+        expected["far term off"] = logits(model)
+    with ablated_attention(model, window=0, sinks=0):
+        expected["window off"] = logits(model)
+    expected["window + sinks"] = window_logits(base, window, 2)
+    variants, notes = report_variants(model)
+    assert list(variants) == list(expected) and f"window {window} + 2 sinks" in notes["window + sinks"]
+    for name, variant in variants.items():
+        with variant():
+            got = logits(model)
+        errors = {other: (got - x).norm() / x.norm() for other, x in expected.items()}
+        assert errors.pop(name) < 1e-5 and min(errors.values()) > 1e-2, name
 
 
 @pytest.mark.parametrize("per", ["kv_head", "query_head"])

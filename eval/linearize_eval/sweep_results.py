@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -119,7 +119,8 @@ def _cell(name: str, value) -> str:
 
 
 def draw_results(records: Sequence[dict], path: Path) -> bool:
-    """Copy recall against the state of one sequence, a style a distance, to the PNG file `path`; False if no point."""
+    """Copy recall against the state of one sequence, a style a distance, with a line along the best, to the PNG file
+    `path`; False if no point."""
     done = [record for record in records if record["figures"]]
     distances = dict.fromkeys(name for record in done for name in record["figures"] if name.startswith("copy@"))
     figure = Figure(figsize=(10, 6.5), layout="constrained", dpi=130)
@@ -133,7 +134,9 @@ def draw_results(records: Sequence[dict], path: Path) -> bool:
                 axes.plot(state, value, color=colour, marker=marker, linestyle="")
                 place = {"xytext": (6, 3), "textcoords": "offset points"}
                 axes.annotate(label, (state, value), fontsize=7, color=colour, **place)
-        axes.plot([], [], color=colour, marker=marker, linestyle="--", label=name.replace("@", " at distance "))
+        best = frontier((state, value) for state, value, _ in points if value is not None)
+        axes.plot(*zip(*best, strict=True), color=colour, linewidth=1, drawstyle="steps-post")
+        axes.plot([], [], color=colour, marker=marker, label=name.replace("@", " at distance "))
         teacher = done[0]["figures"]["teacher"].get(name)
         if teacher is not None:
             axes.axhline(teacher, color=colour, linestyle="--", linewidth=1)
@@ -142,6 +145,15 @@ def draw_results(records: Sequence[dict], path: Path) -> bool:
         figure.legend(loc="outside lower left", ncols=4, frameon=False)
         figure.savefig(path)
     return bool(states)
+
+
+def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """(Bytes, perplexity) of those that no other beats in both, by their bytes."""
+    best = []
+    for state, value in sorted(points):
+        if not best or value < best[-1][1]:
+            best.append((state, value))
+    return best
 
 
 def _dress(axes: Axes, states: Sequence[int]) -> None:
@@ -161,7 +173,7 @@ def _dress(axes: Axes, states: Sequence[int]) -> None:
     axes.margins(x=0.15)
     axes.grid(alpha=0.25)
     axes.set(
-        title="Copy recall against memory (lower left is better; dashed: the teacher)",
+        title="Copy recall against memory (lower left is better; lines: the best for their bytes; dashed: the teacher)",
         xlabel=f"state of one sequence at {STATE_LENGTH} tokens",
         ylabel="perplexity of a repeated passage",
     )

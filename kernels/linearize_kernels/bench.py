@@ -3,7 +3,8 @@
     python -m linearize_kernels.bench [--only SECTION] [--shapes …] [--lengths …] [--peers …] [--quick]
 
 Sections: prefill; training (forward, and forward + backward together); decode. Prefill and training take the same
-number of tokens a call at every length. Every result is compared with its definition in float64 before it is timed.
+number of tokens a call at every length. Every call is compared with its definition in float64 before it is timed: all
+of it must be finite, and its last row right in the heads of the last kv group; gradients in a row of 1,024 tokens.
 Operations and bytes are algorithmic counts (bench_shapes.py). The ceilings, a large copy and a large matrix product,
 are measured in the same run. Peers (bench_peers.py) run in time boxes; one that is absent, wrong, too slow or broken is
 reported. The exit status is 1 if a kernel of ours failed or was wrong.
