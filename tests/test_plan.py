@@ -11,7 +11,6 @@ from linearize import plan
 from linearize.modeling_linearized import linear_attentions
 from linearize.recipe import FeatureMapSettings, load_recipe
 
-
 ROWS_OF_16K = "run.micro_batch=8", "finetune.batch_tokens=16384"
 
 
