@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(SUMMERS, SUM_BLOCKS) prefill_sums_k
     };
     auto turn = [&](unsigned n) {
         if (n < span && has_keys)
-            turn_keys(turned + n % 2 * TURNED_KEYS, far_ring + n % SUM_STAGES * FAR_TILE, warp & 1, warp >> 1, lane);
+            turn_keys(turned + n % 2 * TURNED_KEYS, far_ring + n % SUM_STAGES * FAR_TILE, warp, lane);
     };
     for (unsigned n = 0; n < SUM_STAGES - 1; n++) load(n);
     for (int i = threadIdx.x; i < GRAM_FLOATS; i += SUMMERS) reinterpret_cast<float*>(gram)[i] = 0;

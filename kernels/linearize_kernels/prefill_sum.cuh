@@ -7,10 +7,9 @@
 typedef float EntrySum[2][5][4];
 typedef EntrySum Sum[2];
 
-// k_far of 32 tokens (part 0 or 1 of a chunk) turned: dims become rows. A thread then has 8 tokens of one dim in 16
-// bytes. Two warps, dims 0 … 7 and 8 … 15.
-__device__ __forceinline__ void turn_keys(unsigned char* turned, const unsigned char* far_tile, int part, int dims,
-                                          int lane) {
+// k_far of a chunk turned: dims become rows. A thread then has 8 tokens of one dim in 16 bytes. Four warps.
+__device__ __forceinline__ void turn_keys(unsigned char* turned, const unsigned char* far_tile, int warp, int lane) {
+    int part = warp & 1, dims = warp >> 1;
     int token = 32 * part + 8 * ((lane & 7) >> 1) + 2 * (lane >> 3) + (lane & 1);
     unsigned r[4];
     load_matrices_transposed(r, far_tile + token * FAR_ROW + dims * 16);
@@ -189,13 +188,14 @@ __device__ __forceinline__ void write_total(float* total, Sum& sum, unsigned cha
 #pragma unroll 1
     for (int again = 0; again < 2; again++) {
         if (again ? rest > 0 : last > 0) {
+#pragma unroll 1  // once a text: registers are worth more than time here
             for (int part = 0; part < 2; part++)
                 fold(sum, again ? v_now : v_before, RING, shared + TURNED_AT, part, warp, lane);
             if (warp == 0) fold_gram(shared + GRAM_AT, again ? far_now : far_before, lane);
         }
         meet();
         if (!again) {
-            if (warp < 4) turn_keys(shared + TURNED_AT, far_now, warp & 1, warp >> 1, lane);
+            if (warp < 4) turn_keys(shared + TURNED_AT, far_now, warp, lane);
             meet();
         }
     }
@@ -227,7 +227,7 @@ __device__ __forceinline__ void keep_sum(unsigned char* shared, Rows k, Rows v, 
     write_sum(shared, sum, warp, lane);
     wait_for_copies();
     meet();
-    if (warp < 4) turn_keys(shared + TURNED_AT, shared + K_FAR_AT, warp & 1, warp >> 1, lane);
+    if (warp < 4) turn_keys(shared + TURNED_AT, shared + K_FAR_AT, warp, lane);
     int before = 0, now = 1;  // places of chunks c - 1 and c in the rings
 #pragma unroll 1
     for (int c = first; c < last; c++) {
@@ -240,7 +240,7 @@ __device__ __forceinline__ void keep_sum(unsigned char* shared, Rows k, Rows v, 
         load(c + 1, next_in_ring(now));  // later than it could be: fewer registers live in fold
         write_sum(shared, sum, warp, lane);
         if (warp == GRAM_WARP) fold_gram(shared + GRAM_AT, shared + K_FAR_AT + before * FAR_TILE, lane);
-        if (warp < 4) turn_keys(shared + TURNED_AT, shared + K_FAR_AT + now * FAR_TILE, warp & 1, warp >> 1, lane);
+        if (warp < 4) turn_keys(shared + TURNED_AT, shared + K_FAR_AT + now * FAR_TILE, warp, lane);
         before = now, now = next_in_ring(now);
     }
     wait_for_copies();
