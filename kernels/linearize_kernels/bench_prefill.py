@@ -1,8 +1,8 @@
 """How the CUDA prefill cuts texts, and ways to build it: `python -m linearize_kernels.bench_prefill`.
 
 Each way is checked against float64, then timed without a state, whole and by kernel (milliseconds); the fastest with a
-state too. What wins goes to cuda_segments.py (segments, parts), cuda_builds.py (SUM_…). The
-first way is what is chosen now.
+state too. What wins goes to cuda_segments.py (segments, parts) and cuda_builds.py (SUM_…). The first way is what is
+chosen now.
 """
 
 import argparse

@@ -3,6 +3,8 @@
 Times are in steps of a block over a chunk; what they cost each other is by count, not measured.
 """
 
+import functools
+
 import torch
 
 from .cuda_builds import Build
@@ -18,7 +20,12 @@ PARTS = 2  # spans of a segment, where that pass' blocks were not counted
 def choose_segments(programs: int, key_heads: int, chunks: int, build: Build, device) -> int:
     """Into how many segments each of `programs` texts and heads goes, so that the last blocks to start do not leave the
     GPU empty for long. key_heads: rows times kv heads."""
-    places, most = _processors(device) * build.blocks, min(max(1, chunks // SHORTEST), MOST_SEGMENTS)
+    return _segments(programs, key_heads, chunks, _processors(device) * build.blocks)
+
+
+@functools.cache  # every layer asks the same
+def _segments(programs: int, key_heads: int, chunks: int, places: int) -> int:
+    most = min(max(1, chunks // SHORTEST), MOST_SEGMENTS)
 
     def steps(segments: int) -> float:
         ahead = key_heads * SUM_TIME * chunks * (1 - 1 / segments)
@@ -31,8 +38,11 @@ def choose_parts(key_heads: int, segments: int, chunks: int, build: Build, devic
     """In how many spans a segment is summed: more fill the GPU in the pass ahead, and each has to be read later."""
     if segments == 1 or not build.sum_blocks:
         return PARTS
-    places = _processors(device) * build.sum_blocks
+    return _parts(key_heads, segments, chunks, _processors(device) * build.sum_blocks)
 
+
+@functools.cache
+def _parts(key_heads: int, segments: int, chunks: int, places: int) -> int:
     def steps(parts: int) -> float:
         spans = (segments - 1) * parts
         return -(-key_heads * spans // places) * -(-chunks // (segments * parts)) + READ_TIME * spans
