@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import DataError
-from .whole_folder import check_folder_of
+from .whole_folder import check_folder_of, write_json
 
 SYNC_EVERY = 1.0  # seconds; a wait for the disk after each row would cost more than a short answer
 
@@ -128,9 +128,7 @@ class Output:
                     "output file, or remove that one to go on all the same."
                 )
         elif first:
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-            os.replace(scratch, path)
+            write_json(path, settings)
 
     def is_done(self, row: int) -> bool:
         return row < self.start or row in self.done

@@ -1,5 +1,6 @@
-"""Folders that are there wholly or not at all, and those that a file needs."""
+"""Folders and files that are there wholly or not at all, and folders that a file needs."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -23,6 +24,13 @@ def create_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             # Another process was faster, and made the same.
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_json(path: Path, content, *, allow_nan: bool = True) -> None:
+    """Writes a JSON file beside `path`, then renames it. Raises ValueError for a NaN or infinity unless allow_nan."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(content, indent=1, allow_nan=allow_nan) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
 
 
 def check_folder_of(file: str | Path) -> None:

@@ -1,13 +1,13 @@
 """The folder of work in progress: made, or checked to belong to the recipe that would go on from it."""
 
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 from .errors import ExportError, TrainingError
 from .recipe import Recipe
+from .whole_folder import write_json
 
 
 def open_work(work: Path, recipe: Recipe, *, force: bool) -> None:
@@ -30,8 +30,7 @@ def open_work(work: Path, recipe: Recipe, *, force: bool) -> None:
             (work / "finetune.pt").unlink(missing_ok=True)
     try:
         work.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_text(json.dumps(now, indent=1), encoding="utf-8")
-        os.replace(path.with_suffix(".tmp"), path)
+        write_json(path, now)
     except OSError as error:
         raise ExportError(f"{work} could not be made: {error}. Choose another output.folder.") from error
 

@@ -18,6 +18,7 @@ from linearize.errors import ModelError
 from linearize.kept_softmax import Unit, evenly_spaced, heads_by_layer, units_of
 from linearize.output_head import Halves
 from linearize.variants import restored_softmax, teacher
+from linearize.whole_folder import write_json
 from linearize_eval.json_values import finite
 from linearize_eval.perplexity import evaluation_mode, nll_and_kl
 from linearize_eval.recall import copy_recall
@@ -179,9 +180,7 @@ def chosen_units(ranking: dict, model, count: int) -> list[Unit]:
 
 def save_ranking(ranking: dict, path: Path) -> None:
     """Writes the ranking as JSON, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(ranking, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, ranking, allow_nan=False)
 
 
 def load_ranking(path: Path) -> dict:

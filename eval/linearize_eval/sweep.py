@@ -21,6 +21,7 @@ import torch
 from linearize.convert import SharedTokens, convert, sequences_needed
 from linearize.errors import LinearizeError, RecipeError, TrainingError
 from linearize.recipe import Recipe, load_recipe
+from linearize.whole_folder import write_json
 from linearize.work_folder import settings_of
 from linearize_eval.report import load_report
 from linearize_eval.sweep_results import figures_of, show_results, value_of, write_results
@@ -140,7 +141,7 @@ def _open(folder: Path, base: Recipe) -> None:
             "output.folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    _write(path, now)
+    write_json(path, now, allow_nan=False)
 
 
 def _convert(variant: Variant, folder: Path, shared: SharedTokens, *, keep_models: bool) -> None:
@@ -161,7 +162,7 @@ def _convert(variant: Variant, folder: Path, shared: SharedTokens, *, keep_model
         print(f"failed: {record['error']}", flush=True)
     finally:
         record["minutes"] += (time.monotonic() - started) / 60
-        _write(path, record)
+        write_json(path, record, allow_nan=False)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -182,8 +183,3 @@ def _records(folder: Path, variants: Sequence[Variant]) -> list[dict]:
 
 def _read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _write(path: Path, content: dict) -> None:
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
