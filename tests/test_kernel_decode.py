@@ -171,6 +171,15 @@ def test_ring_in_several_blocks(eager, monkeypatch):
     check(prompt=20, tokens=12, window=14, batch=1, decay=True)
 
 
+@pytest.mark.parametrize("head_dim", [16, 80, 96])
+def test_tiles_of_any_value_dim_are_powers_of_two(head_dim):
+    """As Triton wants them; the interpreter takes others."""
+    inputs, options, valid = make(prompt=0, tokens=1, head_dim=head_dim, batch=1)
+    for splits in (1, 2):
+        launch = decode_module.launch_of(prefilled(inputs, options, valid, 0, splits=splits), heads=2)
+        assert {x.bit_count() for x in (launch.RB, launch.FB)} == {1}, launch
+
+
 def test_the_self_test_sees_a_wrong_kernel(monkeypatch):
     sizes = dict(heads=4, groups=2, head_dim=16, value_dim=16, map_dim=4, window=8, sinks=2)
     launch = decode_module.choose_launch(2, 41, 16, 16, 2, torch.float32)

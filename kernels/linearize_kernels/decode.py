@@ -165,10 +165,8 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
     reason = why_not(q, k, v, q_far, k_far)
     assert not reason, reason
     q, k, v, q_far, k_far = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, q_far, k_far))
-    splits, group = state.position.shape[2], heads // groups
-    columns = _pad(-(-value_dim // splits))
-    rows = state.keys.shape[2]
-    launch = launch or choose_launch(batch * groups * splits, rows, head_dim, columns, group, q.dtype)
+    splits, group, columns = state.position.shape[2], heads // groups, columns_of(state)
+    launch = launch or launch_of(state, heads=heads)
     with torch.cuda.device_of(q):
         return kernels.decode_kernel[(splits, groups, batch)](
             q, k, v, q_far, k_far, gate, gate if log_decay is None else log_decay, out,
@@ -194,6 +192,17 @@ class Launch(NamedTuple):
     num_warps: int = 4
     num_stages: int = 2
     maxnreg: int | None = None  # registers of a thread at most
+
+
+def launch_of(state: DecodeState, *, heads: int) -> Launch:
+    """The launch that a state of layers of `heads` query heads takes."""
+    sizes = state.keys.shape[2], state.keys.shape[-1], columns_of(state), heads // state.keys.shape[1]
+    return choose_launch(state.position.numel(), *sizes, state.keys.dtype)
+
+
+def columns_of(state: DecodeState) -> int:
+    """Value columns of a program, padded."""
+    return _pad(-(-state.values.shape[-1] // state.position.shape[2]))
 
 
 def choose_launch(programs: int, rows: int, head_dim: int, columns: int, group: int, dtype) -> Launch:

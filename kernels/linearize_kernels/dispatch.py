@@ -213,13 +213,9 @@ def can_decode_triton(state, *, heads: int, decay: bool) -> Verdict:
     reason = why_not_triton(state.total.device)
     if reason or not state.total.is_cuda:
         return Verdict(not reason, reason)
-    from .decode import choose_launch
+    from .decode import launch_of
 
-    batch, groups, splits = state.position.shape
-    dtype, head_dim, value_dim = state.keys.dtype, state.keys.shape[-1], state.values.shape[-1]
-    columns = -(-value_dim // splits)
-    launch = choose_launch(batch * groups * splits, state.keys.shape[2], head_dim, columns, heads // groups, dtype)
-    return _test_decode(state, launch, heads, decay)
+    return _test_decode(state, launch_of(state, heads=heads), heads, decay)
 
 
 _cuda_decodes: dict[tuple, Verdict] = {}  # by everything that a verdict depends on
