@@ -29,6 +29,7 @@ from .static_cache import NO_END, StaticCache, StaticError
 
 MODES = ("auto", "graph", "static", "eager")
 CHECK_EVERY = 16  # tokens between looks at which rows have ended
+COMPILE = {"realize_reads_threshold": 0}  # what many kernels read is made once: cos and sin, else anew in every layer
 log = logging.getLogger(__name__)
 
 
@@ -201,7 +202,7 @@ class Decoder:
 
         start = time.perf_counter()
         self.run_model, self.settle = (
-            torch.compile(function, fullgraph=True, dynamic=False) for function in (run_model, settle)
+            torch.compile(function, fullgraph=True, dynamic=False, options=COMPILE) for function in (run_model, settle)
         )
         try:
             with torch._dynamo.config.patch(recompile_limit=256):  # one for each sort of Decoder in this process

@@ -114,19 +114,14 @@ class StaticLinearLayer(LinearizedCacheLayer):
     def attend(self, linear_attn, q, k, v, *, scaling, softcap=None, sink_logits=None, **_):
         """Output [B, H, 1, D] for one new token a row, none of them padding."""
         from linearize_kernels.decode_op import decode_op
-        from linearize_kernels.map_heads import map_heads
 
         if self.decode_state is None:
             return torch.empty_like(q)
         if softcap is not None or sink_logits is not None:
             raise StaticError("its attention has a softcap or sink logits, which the decode kernel lacks")
         weight, bias, log_decay = self.maps
-        sizes = q.shape[1], k.shape[1]
-        both = torch.cat([q, k], 1)  # [B, H + G, 1, D]
-        far = map_heads(both, weight, bias)  # [B, H + G, 1, d + 1], the gate last
-        (q, k), (q_far, k_far) = both.split(sizes, 1), far.split(sizes, 1)
-        return decode_op(q, k, v, q_far[..., :-1], k_far[..., :-1], q_far[..., -1], self.decode_state,
-                         scaling=scaling, log_decay=log_decay)  # fmt: skip
+        tokens = torch.cat([q, k], 1)  # [B, H + G, 1, D]
+        return decode_op(tokens, v, weight, bias, self.decode_state, scaling=scaling, log_decay=log_decay)
 
     def num_bytes(self) -> int:
         parts = [self.decode_state] * (self.decode_state is not None) + [self.kept] * bool(self.linear_attn.heads.kept)

@@ -51,8 +51,8 @@ class EmulatedKernel:
         self.launch = self.library[f"emulated_launch_{name}"]
         self.shared_bytes, self.reverse = shared_bytes, reverse
 
-    def __call__(self, grid, block, *args):
-        """As `cuda.Kernel.__call__`. Raises RuntimeError with what went wrong."""
+    def __call__(self, grid, block, *args, early=False):
+        """As `cuda.Kernel.__call__`, but never early. Raises RuntimeError with what went wrong."""
         size = (ctypes.c_int * 6)(*grid, *block)
         values, pointers = cuda.pack(args)
         if self.launch(size, self.shared_bytes, int(self.reverse), pointers):

@@ -19,7 +19,8 @@ from linearize_kernels import attention_quadratic, cuda, dispatch
 pytest.importorskip("triton", reason="Triton is not installed")
 from linearize_kernels import cuda_decode  # noqa: E402
 from linearize_kernels.cuda_decode import Launch, launch_decode  # noqa: E402
-from linearize_kernels.decode import FOLD, DecodeState, decode  # noqa: E402
+from linearize_kernels.decode import FOLD, DecodeState, decode, decode_mapped  # noqa: E402
+from linearize_kernels.map_heads import map_heads  # noqa: E402
 from linearize_kernels.self_test import self_test_decode  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
@@ -235,8 +236,10 @@ def test_a_forced_choice_runs_or_raises(monkeypatch):
     assert "on cpu" in dispatch.can_decode(state, heads=4).reason
 
 
-def test_auto_takes_cuda_where_its_self_test_passes(monkeypatch):
-    """The self-test guards the kernel: a wrong one is refused, and its reason shown."""
+@pytest.mark.parametrize("when_early", [False, True])
+def test_auto_takes_cuda_where_its_self_test_passes(when_early, monkeypatch):
+    """The self-test guards the kernel: a wrong one is refused, and its reason shown. So is one wrong after the maps
+    alone, where it begins early."""
     inputs, options, valid = make(prompt=12, tokens=1, head_dim=64, window=8)
     state = prefilled(inputs, options, valid, 12)
     monkeypatch.setattr(cuda, "why_not", lambda device: "")
@@ -246,9 +249,9 @@ def test_auto_takes_cuda_where_its_self_test_passes(monkeypatch):
     assert not dispatch.decodes_in_cuda(state, heads=4, decay=False, implementation="triton")
     right = cuda_decode.launch_decode
 
-    def wrong(*args):
-        right(*args)
-        args[9].mul_(1.01)
+    def wrong(*args, early=False):
+        right(*args, early=early)
+        args[9].mul_(1.01 if early == when_early else 1)
 
     monkeypatch.setattr(cuda_decode, "launch_decode", wrong)
     assert dispatch.decodes_in_cuda(state, heads=4, decay=False), "the verdict is kept"
@@ -257,6 +260,32 @@ def test_auto_takes_cuda_where_its_self_test_passes(monkeypatch):
     verdict = dispatch.can_decode_cuda(state, heads=4)
     self_test_decode.cache_clear()
     assert not verdict and "is off by" in verdict.reason
+
+
+def mapped_case(case):
+    """(Tensors whose far ones are maps of the others, options, valid, steps as `decode_mapped` takes them)."""
+    inputs, options, valid = make(**case)
+    q, k = inputs["q"], inputs["k"]
+    g, heads, size = torch.Generator().manual_seed(3), q.shape[1] + k.shape[1], inputs["k_far"].shape[-1] + 1
+    maps = [(torch.randn(heads, n, size, generator=g) * q.shape[-1] ** -0.5).to(DEVICE) for n in (q.shape[-1], 1)]
+    tokens = torch.cat([q, k], 1)
+    far = tokens.double() @ maps[0].double() + maps[1].double()
+    q_far, k_far = far.float().split([q.shape[1], k.shape[1]], 1)
+    inputs |= dict(q_far=q_far[..., :-1], k_far=k_far[..., :-1], gate=q_far[..., -1])
+    prompt, length = case.get("prompt", 12), tokens.shape[2]
+    steps = [(tokens[:, :, t : t + 1], inputs["v"][:, :, t : t + 1], *maps) for t in range(prompt, length)]
+    return inputs, options, valid, steps
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("case", [{}, dict(head_dim=128, map_dim=4, batch=5), dict(heads=6, head_dim=80)], ids=str)
+def test_tokens_not_mapped_yet(case, dtype):
+    case = dict(prompt=12, tokens=FOLD + 6, dtype=dtype) | case
+    inputs, options, valid, steps = mapped_case(case)
+    expected, _ = attention_quadratic(**{n: x.double() for n, x in inputs.items()}, valid=valid, **options)
+    state, how = prefilled(inputs, options, valid, 12), dict(scaling=options["scaling"], launch=Launch())
+    got = torch.cat([decode_mapped(*step, state, **how) for step in steps], 2)
+    assert relative(got, expected[:, :, 12:]) < (1e-5 if dtype == FLOAT else 5e-3)
 
 
 GPU_CASES = {
@@ -306,6 +335,35 @@ def test_graph_replay_equals_eager(splits):
             static[name].copy_(x[name])
         graph.replay()
         assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("batch", [1, 40, 300])
+def test_launches_that_overlap_are_as_one_after_the_other(batch, in_graph):
+    """Nothing waits between steps: each begins on a state that the one before it is still changing."""
+    case = dict(prompt=70, tokens=200, head_dim=128, window=64, batch=batch, heads=8, groups=2, dtype=BF16)
+    inputs, options, valid, steps = mapped_case(case)
+    one_by_one, state = (prefilled(inputs, options, valid, 70, splits=None) for _ in range(2))
+    expected = []
+    for tokens, v, *maps in steps:
+        far, (q, k) = map_heads(tokens, *maps, in_cuda=True), tokens.split([8, 2], 1)
+        torch.cuda.synchronize()
+        q_far, k_far = far.split([8, 2], 1)
+        far = q_far[..., :-1], k_far[..., :-1], q_far[..., -1]
+        expected.append(decode(q, k, v, *far, one_by_one, scaling=options["scaling"], implementation="cuda"))
+        torch.cuda.synchronize()
+    outputs = [decode_mapped(*step, state, scaling=options["scaling"]) for step in steps[:3]]  # compiled, and tested
+    if in_graph:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs += [decode_mapped(*step, state, scaling=options["scaling"]) for step in steps[3:]]
+        graph.replay()
+    else:
+        outputs += [decode_mapped(*step, state, scaling=options["scaling"]) for step in steps[3:]]
+    assert torch.equal(torch.cat(outputs, 2), torch.cat(expected, 2))
 
 
 @pytest.mark.gpu

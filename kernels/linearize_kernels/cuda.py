@@ -73,7 +73,8 @@ class Kernel:
         from cuda.bindings import driver
 
         torch.zeros(1, device=device)  # the device's context is there, and current
-        self.launch, self.push, self.pop = driver.cuLaunchKernel, driver.cuCtxPushCurrent, driver.cuCtxPopCurrent
+        self.driver, self.push, self.pop = driver, driver.cuCtxPushCurrent, driver.cuCtxPopCurrent
+        self.may_overlap = torch.cuda.get_device_capability(device) >= (9, 0)
         self.name, self.shared_bytes, self.device = f"{file}: {name}", shared_bytes, device
         self.get_context, self.context = driver.cuCtxGetCurrent, _checked("driver", "cuCtxGetCurrent")
         self.module = _checked("driver", "cuModuleLoadData", compiled(file, defines, _arch(device)))
@@ -89,20 +90,34 @@ class Kernel:
             for attribute in (attributes.CU_FUNC_ATTRIBUTE_NUM_REGS, attributes.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)
         )
 
-    def __call__(self, grid, block, *args) -> None:
-        """Launches on the device's current stream. grid, block: (x, y, z); args as `pack` takes them."""
+    def __call__(self, grid, block, *args, early: bool = False) -> None:
+        """Launches on the device's current stream. grid, block: (x, y, z); args as `pack` takes them.
+
+        early: it may begin before the launch before it has ended (on Hopper and later), as its source waits for that
+        itself (primitives.cuh).
+        """
         values, pointers = pack(args)
         stream = torch.cuda.current_stream(self.device).cuda_stream
         elsewhere = int(self.get_context()[1]) != int(self.context)  # a new thread, or another device is current
         if elsewhere:
             self.push(self.context)
-        (code,) = self.launch(
-            self.function, *grid, *block, self.shared_bytes, stream, ctypes.addressof(pointers), 0
-        )
+        sizes = *grid, *block, self.shared_bytes, stream
+        launch = self._launch_early if early and self.may_overlap else self.driver.cuLaunchKernel
+        (code,) = launch(self.function, *sizes, ctypes.addressof(pointers), 0)
         if elsewhere:
             self.pop()
         if code:
             raise CudaError(f"{self.name}: cuLaunchKernel: {code.name}")
+
+    def _launch_early(self, function, x, y, z, block_x, block_y, block_z, shared_bytes, stream, pointers, extra):
+        attribute, config = self.driver.CUlaunchAttribute(), self.driver.CUlaunchConfig()
+        attribute.id = self.driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.gridDimX, config.gridDimY, config.gridDimZ = x, y, z
+        config.blockDimX, config.blockDimY, config.blockDimZ = block_x, block_y, block_z
+        config.sharedMemBytes, config.hStream = shared_bytes, stream
+        config.attrs, config.numAttrs = [attribute], 1
+        return self.driver.cuLaunchKernelEx(config, function, pointers, extra)
 
 
 def pack(args) -> tuple[list, ctypes.Array]:

@@ -63,8 +63,12 @@ def choose_launch(state: DecodeState, *, heads: int) -> Launch:
     return Launch(threads, blocks, min(pieces, staged), 4, False)
 
 
-def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch=None):
-    """As `decode.launch_decode`, with this kernel; returns the compiled kernel."""
+def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch=None, *, early=False):
+    """As `decode.launch_decode`, with this kernel; returns the compiled kernel.
+
+    early: it may begin before the launch before it has ended, which must not change the state, nor follow early on one
+    that does.
+    """
     heads, groups, splits = q.shape[1], k.shape[1], state.position.shape[2]
     q, k, v, q_far, k_far = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, q_far, k_far))
     assert q.shape[2] == 1 and q.dtype == k.dtype == v.dtype == state.keys.dtype, "one token, of the state's dtype"
@@ -76,7 +80,7 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
     defines, shared = _compile_options(
         launch, tuple(x.dtype for x in (q, state.total, state.ring_far, q_far, k_far, gate, out)),
         (heads // groups, q.shape[-1], v.shape[-1], q_far.shape[-1], state.window, state.num_sinks),
-        _columns(state), decay,
+        _columns(state), decay, early,
     )  # fmt: skip
     kernel = cuda.kernel("decode.cu", "decode_kernel", defines, shared, device=q.device.index)
     strides = [s for x in (q, k, v, q_far, k_far, gate, out) for s in x.stride()[:2]]
@@ -84,7 +88,7 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
         (splits, groups, q.shape[0]), (launch.threads, 1, 1),
         q, k, v, q_far, k_far, gate, log_decay, out, state.total, state.norm, state.keys, state.values,
         state.ring_far, state.ring_kind, state.position, state.offset, *strides,
-        scaling * math.log2(math.e),
+        scaling * math.log2(math.e), early=early,
     )  # fmt: skip
     return kernel
 
@@ -95,7 +99,7 @@ def _columns(state: DecodeState) -> int:
 
 
 @functools.cache
-def _compile_options(launch: Launch, dtypes, sizes, columns: int, decay: bool) -> tuple[dict, int]:
+def _compile_options(launch: Launch, dtypes, sizes, columns: int, decay: bool, early: bool) -> tuple[dict, int]:
     """(What decode.cu has to be told, its dynamic shared memory in bytes: the largest of its three uses)."""
     names = ("ELEMENT", "SUM", "RING_FAR", "Q_FAR", "K_FAR", "GATE", "OUT")
     numbers = ("HEADS", "HEAD_DIM", "VALUE_DIM", "MAP_DIM", "WINDOW", "SINKS")
@@ -106,6 +110,7 @@ def _compile_options(launch: Launch, dtypes, sizes, columns: int, decay: bool) -
         **dict(zip(numbers, sizes, strict=True)), "ELEMENT_BYTES": dtypes[0].itemsize,
         **dict(FOLD=FOLD, DECAY=int(decay), COLUMNS=columns, THREADS=launch.threads, BLOCKS=launch.blocks),
         **dict(STAGED=min(launch.staged, -(-features // parts)), UNROLL=launch.unroll, EAGER=int(launch.eager)),
+        "EARLY": int(early),
     }
     staged = defines["STAGED"] * launch.threads * 4 * dtypes[1].itemsize
     added = parts * sizes[0] * columns * 4

@@ -3,7 +3,7 @@
 //
 // Defined by cuda_decode.py: the types ELEMENT (q, k, v and the ring; ELEMENT_BYTES), SUM, RING_FAR, Q_FAR, K_FAR, GATE, OUT; HEADS
 // (query heads a kv head), HEAD_DIM, VALUE_DIM, MAP_DIM, WINDOW, SINKS, FOLD, DECAY; COLUMNS (value columns of a
-// block), THREADS, BLOCKS (a multiprocessor, at least), STAGED, UNROLL, EAGER.
+// block), THREADS, BLOCKS (a multiprocessor, at least), STAGED, UNROLL, EAGER, EARLY.
 //
 // A block owns COLUMNS value columns of one kv head, with its own normaliser and token counter. A thread owns 4 columns
 // and every PARTS-th feature of the sum, and of the ring every PARTS-th value. The sum is most of what is read, and
@@ -11,6 +11,7 @@
 // read by the thread that asked for them, before anything else is done.
 // EAGER: keys and values are read before the token counter has come, wanted or not; for few blocks, where the chain of
 // steps counts.
+// EARLY: the kernel may begin while that of the maps (maps.cu) runs, and asks for what the state holds meanwhile.
 #include "vectors.cuh"
 
 constexpr int PAIRS = MAP_DIM * (MAP_DIM + 1) / 2, FEATURES = PAIRS + MAP_DIM + 1;
@@ -101,21 +102,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
 #pragma unroll
     for (int i = 0; i < STAGED; i++)
         if (works && part + i * PARTS < FEATURES) copy_piece(staged + i * THREADS, sums + i * STEP);
-    q += b * q_b + g * HEADS * q_h;
-    k += b * k_b + size_t(g) * k_h;
-    v += b * v_b + size_t(g) * v_h;
-    q_far += b * qf_b + g * HEADS * qf_h;
-    k_far += b * kf_b + size_t(g) * kf_h;
-    gate += b * g_b + g * HEADS * g_h;
     const int now = position[own], length = now + offset[b];  // this token's number; tokens before it, less padding
     const float rate = DECAY ? log_decay[g] * LOG2E : 0.f;
     const Fetch<ROWS, signed char> kinds([&](int r) { return ring_kind[max(r - SINKS, 0)]; });
-    const Fetch<HEADS * DIM, ELEMENT> fetch_q([&](int i) { return q[i / DIM * q_h + min(i % DIM, HEAD_DIM - 1)]; });
-    const Fetch<HEAD_DIM, ELEMENT> fetch_k([&](int i) { return k[i]; });
-    const Fetch<COLUMNS, ELEMENT> fetch_v([&](int i) { return v[min(split * COLUMNS + i, VALUE_DIM - 1)]; });
-    const Fetch<HEADS * MAP_DIM> fetch_far([&](int i) { return to_float(q_far[i / MAP_DIM * qf_h + i % MAP_DIM]); });
-    const Fetch<MAP_DIM> fetch_new_far([&](int i) { return to_float(k_far[i]); });
-    const Fetch<HEADS> fetch_gate([&](int i) { return to_float(gate[i * g_h]) * LOG2E; });
     const Fetch<FEATURES> fetch_norms([&](int i) { return norm[i]; });
     RawValue raw_values[VALUE_UNROLL];
     if (EAGER)
@@ -132,6 +121,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
         const RawFar* at = reinterpret_cast<const RawFar*>(ring_far + slot * MAP_DIM) + i % (MAP_DIM / 4);
         return age <= age_limit ? __ldcg(at) : RawFar();
     });
+
+    if (EARLY) wait_for_launch_before();
+    q += b * q_b + g * HEADS * q_h;
+    k += b * k_b + size_t(g) * k_h;
+    v += b * v_b + size_t(g) * v_h;
+    q_far += b * qf_b + g * HEADS * qf_h;
+    k_far += b * kf_b + size_t(g) * kf_h;
+    gate += b * g_b + g * HEADS * g_h;
+    const Fetch<HEADS * DIM, ELEMENT> fetch_q([&](int i) { return q[i / DIM * q_h + min(i % DIM, HEAD_DIM - 1)]; });
+    const Fetch<HEAD_DIM, ELEMENT> fetch_k([&](int i) { return k[i]; });
+    const Fetch<COLUMNS, ELEMENT> fetch_v([&](int i) { return v[min(split * COLUMNS + i, VALUE_DIM - 1)]; });
+    const Fetch<HEADS * MAP_DIM> fetch_far([&](int i) { return to_float(q_far[i / MAP_DIM * qf_h + i % MAP_DIM]); });
+    const Fetch<MAP_DIM> fetch_new_far([&](int i) { return to_float(k_far[i]); });
+    const Fetch<HEADS> fetch_gate([&](int i) { return to_float(gate[i * g_h]) * LOG2E; });
 
     fetch_q.put(&in.queries[0][0]);
     fetch_k.put(in.key);

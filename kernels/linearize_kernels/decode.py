@@ -139,7 +139,7 @@ def decode(
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
     log_decay = None if log_decay is None else log_decay.detach().float().contiguous()
     arguments = q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch
-    if not _takes_cuda(q, state, log_decay, launch, implementation):
+    if not _takes_cuda(q.shape[1], state, log_decay, launch, implementation):
         launch_decode(*arguments)
     else:
         from .cuda_decode import launch_decode as launch_in_cuda
@@ -148,14 +148,35 @@ def decode(
     return out
 
 
-def _takes_cuda(q, state: DecodeState, log_decay, launch, implementation: str) -> bool:
+def decode_mapped(tokens, v, weight, bias, state: DecodeState, *, scaling, log_decay=None, launch=None):
+    """`decode` of tokens that are not mapped yet, in two launches; in CUDA the second begins while the first runs.
+
+    tokens [B, H + G, 1, D]: queries, then keys; v [B, G, 1, V]; weight [H + G, D, d + 1], bias [H + G, 1, d + 1], dense
+    float32: their maps, the last column the gate of a query (and nothing of a key). Else as `decode`.
+    """
+    from .map_heads import map_heads
+
+    groups, out = v.shape[1], v.new_empty(tokens.shape[0], tokens.shape[1] - v.shape[1], 1, v.shape[-1])
+    log_decay = None if log_decay is None else log_decay.detach().float().contiguous()
+    in_cuda = _takes_cuda(out.shape[1], state, log_decay, launch, "auto")
+    far = map_heads(tokens, weight, bias, in_cuda=in_cuda)
+    (q, k), (q_far, k_far) = (x.split([x.shape[1] - groups, groups], 1) for x in (tokens, far))
+    arguments = q, k, v, q_far[..., :-1], k_far[..., :-1], q_far[..., -1], state, scaling, log_decay, out, launch
+    if not in_cuda:
+        launch_decode(*arguments)
+    else:
+        from .cuda_decode import launch_decode as launch_in_cuda
+
+        launch_in_cuda(*arguments, early=True)
+    return out
+
+
+def _takes_cuda(heads: int, state: DecodeState, log_decay, launch, implementation: str) -> bool:
     from . import dispatch
 
     if launch is not None:
         return not isinstance(launch, Launch)
-    return dispatch.decodes_in_cuda(
-        state, heads=q.shape[1], decay=log_decay is not None, implementation=implementation
-    )
+    return dispatch.decodes_in_cuda(state, heads=heads, decay=log_decay is not None, implementation=implementation)
 
 
 def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch=None):

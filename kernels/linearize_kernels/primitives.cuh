@@ -1,4 +1,4 @@
-// What kernels share: bfloat16 in unsigned short, dynamic shared memory. On a GPU, and on the CPU (CUDA_ON_CPU) where
+// What kernels share: bfloat16 in unsigned short, dynamic shared memory, launches that overlap. On a GPU, and on the CPU (CUDA_ON_CPU) where
 // the tests run the same source.
 #pragma once
 
@@ -7,6 +7,19 @@
 #else
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #endif
+
+// A launch that may begin early (`Kernel.__call__`) reads nothing that the launch before it writes, and writes nothing
+// that it reads, before it has waited. What it may begin after says so; else that is its end. No-ops before Hopper.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 
 typedef unsigned short bf16;  // the upper half of a float32
 

@@ -63,12 +63,12 @@ def self_test(device, dtype, *, prefill: bool, heads: int, groups: int, far_head
 def self_test_decode(device, dtype, *, launch, splits: int, heads: int, groups: int, head_dim: int, value_dim: int,
                      map_dim: int, window: int, sinks: int, decay=False, far_dtype=None,
                      sum_dtype=torch.float32):  # fmt: skip
-    """As `self_test`, of `decode` with the launch (which says the kernel) and the splits that a layer's state would
-    take. far_dtype: of the mapped tensors and the gate, where it is another.
+    """As `self_test`, of `decode` and `decode_mapped` with the launch (which says the kernel) and the splits that a
+    layer's state would take. far_dtype: of the ring's mapped keys, where it is another.
 
     One row: a prompt that has filled the window, then tokens enough for two folds.
     """
-    from .decode import FOLD, DecodeState, decode
+    from .decode import FOLD, DecodeState, decode, decode_mapped
     from .reference import attention_chunked
 
     on_gpu = torch.device(device).type == "cuda"
@@ -78,18 +78,30 @@ def self_test_decode(device, dtype, *, launch, splits: int, heads: int, groups: 
     inputs, _ = _draw(device, dtype, heads, groups, groups, head_dim, value_dim, map_dim, length=length)
     log_decay = inputs.pop("log_decay")
     log_decay = log_decay if decay else None
-    inputs |= {name: inputs[name].to(far_dtype or dtype) for name in ("q_far", "k_far", "gate")}
+    tokens = torch.cat([inputs["q"], inputs["k"]], 1)
+    maps = [_draw_map(device, heads + groups, n, map_dim + 1) * head_dim**-0.5 for n in (head_dim, 1)]
+    q_far, k_far = (tokens.double() @ maps[0].double() + maps[1].double()).float().split([heads, groups], 1)
+    inputs |= dict(q_far=q_far[..., :-1], k_far=k_far[..., :-1], gate=q_far[..., -1])
     options = dict(scaling=head_dim**-0.5, log_decay=log_decay)
     with torch.no_grad():
         exact = {name: x.double() for name, x in inputs.items()}
         expected, _ = attention_quadratic(**exact, **options, window=window, sinks=sinks)
         before = {name: x[:, :, :prompt] for name, x in inputs.items()}
-        _, state = attention_chunked(**before, **options, window=window, sinks=sinks, return_state=True)
-        state = DecodeState.from_state(state, window=window, dtype=sum_dtype, splits=splits)
-        tokens = [{name: x[:, :, t : t + 1] for name, x in inputs.items()} for t in range(prompt, length)]
-        got = torch.cat([decode(**token, state=state, **options, launch=launch) for token in tokens], 2)
+        before["k_far"] = before["k_far"].to(far_dtype or dtype)
+        _, past = attention_chunked(**before, **options, window=window, sinks=sinks, return_state=True)
+        got, options = [], options | dict(launch=launch)
+        for mapped in (False, True):
+            state, outputs = DecodeState.from_state(past, window=window, dtype=sum_dtype, splits=splits), []
+            for t in range(prompt, length):
+                token = {name: x[:, :, t : t + 1] for name, x in inputs.items()}
+                if mapped:
+                    out = decode_mapped(tokens[:, :, t : t + 1], token["v"], *maps, state, **options)
+                else:
+                    out = decode(**token, state=state, **options)
+                outputs.append(out)
+            got.append(torch.cat(outputs, 2))
     allowed = 2e-2 if sum_dtype == torch.bfloat16 else 1e-4 if dtype == torch.float32 else 1e-2
-    return largest_error([got], [expected[:, :, prompt:]]), allowed
+    return largest_error(got, [expected[:, :, prompt:]] * 2), allowed
 
 
 @once_a_process
@@ -131,13 +143,17 @@ def maps_agree(device, dtype, *, heads: int, head_dim: int, columns: int) -> boo
     from .map_heads import map_heads
 
     generator = torch.Generator(device).manual_seed(0)
-    weight, bias = (torch.randn(heads, n, columns, generator=generator, device=device) for n in (head_dim, 1))
+    weight, bias = (_draw_map(device, heads, n, columns) for n in (head_dim, 1))
     for rows in (1, 40):
         x = torch.randn(rows, heads, 1, head_dim, generator=generator, device=device).to(dtype)
         expected = (x.double().transpose(0, 1)[:, :, 0] @ weight.double() + bias.double()).transpose(0, 1)[:, :, None]
         if not (map_heads(x, weight, bias) - expected).norm() < 1e-4 * expected.norm():
             return False
     return True
+
+
+def _draw_map(device, *shape):
+    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(1), device=device)
 
 
 def _draw(device, dtype, heads, groups, far_heads, head_dim, value_dim, map_dim, length=600):

@@ -35,20 +35,23 @@ template <class T> __device__ __forceinline__ void copy_piece(T* to, const T* fr
 }
 
 // N sums over OVER lanes at once; lane l gets number l / (OVER / N).
-template <int N, int OVER> __device__ __forceinline__ float sum_over_lanes(float (&x)[N], int lane) {
+template <int N, int OVER> __device__ __forceinline__ float sum_over_lanes(const float (&x)[N], int lane) {
     static_assert(N <= OVER);
+    if constexpr (N == 1) {
+        float sum = x[0];
 #pragma unroll
-    for (int half = N / 2, bit = OVER / 2; half; half /= 2, bit /= 2) {
-        const bool upper = lane & bit;
+        for (int bit = OVER / 2; bit; bit /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, bit);
+        return sum;
+    } else {
+        const bool upper = lane & OVER / 2;
+        float half[N / 2];
 #pragma unroll
-        for (int i = 0; i < half; i++) {
-            const float send = upper ? x[i] : x[i + half], keep = upper ? x[i + half] : x[i];
-            x[i] = keep + __shfl_xor_sync(ALL_LANES, send, bit);
+        for (int i = 0; i < N / 2; i++) {
+            const float send = upper ? x[i] : x[i + N / 2], keep = upper ? x[i + N / 2] : x[i];
+            half[i] = keep + __shfl_xor_sync(ALL_LANES, send, OVER / 2);
         }
+        return sum_over_lanes<N / 2, OVER / 2>(half, lane);
     }
-#pragma unroll
-    for (int bit = OVER / N / 2; bit; bit /= 2) x[0] += __shfl_xor_sync(ALL_LANES, x[0], bit);
-    return x[0];
 }
 __device__ __forceinline__ float warp_sum(float x) {
     for (int bit = 16; bit; bit /= 2) x += __shfl_xor_sync(ALL_LANES, x, bit);
