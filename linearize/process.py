@@ -91,6 +91,7 @@ def process(folder, source, target, *, template: str = "{text}", chat: bool = Fa
             counts = _answer(work, left(), output, bar, tokenizer, field_name)
     if processes:
         processes.wait_for_everyone()
+        processes.destroy_process_group()
     if rank == 0:
         output.finish()
         print(f"{counts['rows']:,} rows answered, {counts['errors']:,} errors, {counts['tokens_s']:,.0f} tokens/s; "
