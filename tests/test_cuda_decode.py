@@ -113,6 +113,12 @@ CASES = {  # in the emulator each is a compilation of a second
         "prompt": 70, "tokens": FOLD + 6, "window": 64, "head_dim": 128, "dtype": BF16,
         "launch": Launch(threads=128, staged=0, unroll=3),
     },  # fmt: skip
+    "values and sums asked for ahead, bfloat16": {
+        "head_dim": 64, "dtype": BF16, "tokens": 3 * FOLD, "launch": Launch(staged=2, ahead=True),
+    },  # fmt: skip
+    "values and sums asked for ahead, long window, sinks 3": {
+        "window": 40, "prompt": 20, "sinks": 3, "batch": 1, "launch": Launch(ahead=True),
+    },  # fmt: skip
     "head and map dim 8": {
         "head_dim": 8, "map_dim": 8, "groups": 2, "batch": 3, "window": 16, "sinks": 2, "decay": True, "pad": 9,
         "prompt": 21, "dtype": BF16,

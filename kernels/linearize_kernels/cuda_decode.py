@@ -27,6 +27,7 @@ class Launch(NamedTuple):
     staged: int = 8  # pieces of the sum that a thread asks for at once
     unroll: int = 4  # and then so many
     eager: bool = False
+    ahead: bool = False  # not measured yet
 
 
 def why_not(state: DecodeState, *, heads: int) -> str:
@@ -110,7 +111,7 @@ def _compile_options(launch: Launch, dtypes, sizes, columns: int, decay: bool, e
         **dict(zip(numbers, sizes, strict=True)), "ELEMENT_BYTES": dtypes[0].itemsize,
         **dict(FOLD=FOLD, DECAY=int(decay), COLUMNS=columns, THREADS=launch.threads, BLOCKS=launch.blocks),
         **dict(STAGED=min(launch.staged, -(-features // parts)), UNROLL=launch.unroll, EAGER=int(launch.eager)),
-        "EARLY": int(early),
+        **dict(AHEAD=int(launch.ahead), EARLY=int(early)),
     }
     staged = defines["STAGED"] * launch.threads * 4 * dtypes[1].itemsize
     added = parts * sizes[0] * columns * 4

@@ -3,7 +3,7 @@
 //
 // Defined by cuda_decode.py: the types ELEMENT (q, k, v and the ring; ELEMENT_BYTES), SUM, RING_FAR, Q_FAR, K_FAR, GATE, OUT; HEADS
 // (query heads a kv head), HEAD_DIM, VALUE_DIM, MAP_DIM, WINDOW, SINKS, FOLD, DECAY; COLUMNS (value columns of a
-// block), THREADS, BLOCKS (a multiprocessor, at least), STAGED, UNROLL, EAGER, EARLY.
+// block), THREADS, BLOCKS (a multiprocessor, at least), STAGED, UNROLL, EAGER, AHEAD, EARLY.
 //
 // A block owns COLUMNS value columns of one kv head, with its own normaliser and token counter. A thread owns 4 columns
 // and every PARTS-th feature of the sum, and of the ring every PARTS-th value. The sum is most of what is read, and
@@ -11,6 +11,8 @@
 // read by the thread that asked for them, before anything else is done.
 // EAGER: keys and values are read before the token counter has come, wanted or not; for few blocks, where the chain of
 // steps counts.
+// AHEAD: what the block will read later, values and the rest of the sum, is asked into the L2 cache at once, so that
+// memory is busy while it computes; for blocks that own all columns.
 // EARLY: the kernel may begin while that of the maps (maps.cu) runs, and asks for what the state holds meanwhile.
 #include "vectors.cuh"
 
@@ -102,6 +104,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
 #pragma unroll
     for (int i = 0; i < STAGED; i++)
         if (works && part + i * PARTS < FEATURES) copy_piece(staged + i * THREADS, sums + i * STEP);
+    static_assert(!AHEAD || (COLUMNS == VALUE_DIM && VALUE_DIM * ELEMENT_BYTES % 16 == 0 && VALUE_DIM * sizeof(SUM) % 16 == 0));
+    constexpr int REST = FEATURES - least(STAGED * PARTS, FEATURES);  // features that are not staged
+    if (AHEAD && t == 0) fetch_to_l2(total + (FEATURES - REST) * VALUE_DIM, REST * VALUE_DIM * sizeof(SUM));
     const int now = position[own], length = now + offset[b];  // this token's number; tokens before it, less padding
     const float rate = DECAY ? log_decay[g] * LOG2E : 0.f;
     const Fetch<ROWS, signed char> kinds([&](int r) { return ring_kind[max(r - SINKS, 0)]; });
@@ -113,6 +118,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
             if (works && part + i * PARTS < ROWS)
                 raw_values[i] = __ldcg(reinterpret_cast<const RawValue*>(values + (part + i * PARTS) * VALUE_DIM + column));
     const int folded = max(now - WINDOW + 1, 0) / FOLD * FOLD, age_limit = now - folded, new_slot = now % RING;
+    if (AHEAD && t == 0) {  // values of the sinks, and of the tokens in the ring that are not folded: one piece or two
+        constexpr int ROW = VALUE_DIM * ELEMENT_BYTES;
+        const int begin = new_slot - age_limit;
+        fetch_to_l2(values, min(length, SINKS) * ROW);
+        fetch_to_l2(values + (SINKS + max(begin, 0)) * VALUE_DIM, (new_slot - max(begin, 0)) * ROW);
+        fetch_to_l2(values + (SINKS + RING + min(begin, 0)) * VALUE_DIM, max(-begin, 0) * ROW);
+    }
     const Place place = {length, min(WINDOW - 1, age_limit), new_slot};
     Keys some;
     some.load(keys, 0, place);

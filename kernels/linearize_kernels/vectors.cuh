@@ -34,6 +34,17 @@ template <class T> __device__ __forceinline__ void copy_piece(T* to, const T* fr
     }
 }
 
+// Asks for `bytes` of global memory to come into the L2 cache, whole pieces of 16; nothing waits for them. A no-op
+// before Hopper.
+__device__ __forceinline__ void fetch_to_l2(const void* from, int bytes) {
+#ifdef CUDA_ON_CPU
+    if (uintptr_t(from) % 16 || bytes % 16) emulator::fail("%d bytes at %p: no whole pieces of 16", bytes, from);
+#elif __CUDA_ARCH__ >= 900
+    if (bytes > 0)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes));
+#endif
+}
+
 // N sums over OVER lanes at once; lane l gets number l / (OVER / N).
 template <int N, int OVER> __device__ __forceinline__ float sum_over_lanes(const float (&x)[N], int lane) {
     static_assert(N <= OVER);
