@@ -373,7 +373,7 @@ def test_doctor_names_versions_and_why_no_kernel_runs_on_a_cpu(capsys):
     assert f"torch {importlib.metadata.version('torch')}" in printed
     operations = [line.split(": ")[:2] for line in printed.splitlines()[3:]]
     assert {name.split(",")[0] for name, _ in operations} == {
-        "training attention", "training backward", "prefill", "decode", "maps of a decode step", "losses of logits"
+        "training attention", "training backward", "prefill", "decode with its maps", "losses of logits"
     }  # fmt: skip
     taken = {name: rest.split(" (")[0] for name, rest in operations}
     assert taken["training attention, bfloat16"] == taken["prefill, float32"] == "reference"

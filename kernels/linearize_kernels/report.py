@@ -12,7 +12,6 @@ from .dispatch import (
     why_not_triton,
 )
 from .feature_maps import Taylor
-from .self_test import maps_agree
 from .state import State
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -30,8 +29,7 @@ def report(device: str | torch.device = "cuda", *, window=64, map_dim=16) -> lis
             rows.append((_name("training attention" if training else "prefill", dtype), *_attention(tensors, options)))
         if training:
             rows.append((_name("training backward", torch.bfloat16), *_backward(device, window, map_dim)))
-    rows += [(_name("decode", dtype), *_decode(dtype, device, window, map_dim)) for dtype in DTYPES]
-    rows += [(_name("maps of a decode step", dtype), *_maps(dtype, device, map_dim)) for dtype in DTYPES]
+    rows += [(_name("decode with its maps", dtype), *_decode(dtype, device, window, map_dim)) for dtype in DTYPES]
     return rows + [(_name("losses of logits", dtype), *_losses(dtype, device)) for dtype in DTYPES]
 
 
@@ -98,17 +96,6 @@ def _decode(dtype, device, window, map_dim) -> tuple[str, str]:
     verdict = can_decode_triton(state, heads=9, decay=False)
     implementation, why = _taken("triton", device) if verdict else _refused(chosen, verdict.reason)
     return implementation, why + refused
-
-
-def _maps(dtype, device, map_dim) -> tuple[str, str]:
-    """Of `map_heads`, which a decode step takes where it is one graph."""
-    reason = why_not_triton(device)
-    if not reason and device.type == "cuda":
-        if not maps_agree(device, dtype, heads=12, head_dim=64, columns=map_dim + 1):
-            reason = "the self-test failed"
-    if requested() == "reference" or reason:
-        return "reference", reason or "it is asked for"
-    return _taken("triton", device)
 
 
 def _losses(dtype, device) -> tuple[str, str]:
