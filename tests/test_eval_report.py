@@ -277,6 +277,8 @@ NOISE = [2.2, 2.8, 2.75, 3.8]
         (BASE, "good", "costs +10.5 % ± 0.5 % perplexity at positions >= 256: the far term helps."),
         (NOISE, "bad", "does NOT help measurably"),
         ([1.8, 2.78, 2.32, 3.8], "bad", "the model is better WITHOUT it"),
+        ([1.9002, 2.8902, 2.4101, 3.9001], "good", "costs +0.02 % ± 0.00 % perplexity"),
+        ([1.901, 2.891, 2.409, 3.9], "bad", "costs +0.03 % ± 0.05 % perplexity"),
     ],
 )
 def test_the_verdict_on_the_far_term(report, far_off, kind, words):

@@ -234,7 +234,9 @@ def _change(before: list[float | None], after: list[float | None]) -> _Change | 
     if count == 1:  # nothing to judge the noise by
         return _Change(f"{100 * math.expm1(mean):+.1f} % (one row)", (mean > 0) - (mean < 0))
     error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (count - 1) / count)
-    text = f"{100 * math.expm1(mean):+.1f} % ± {100 * math.exp(mean) * error:.1f} %"
+    error_percent = 100 * math.exp(mean) * error
+    decimals = 1 if error_percent >= 0.095 else 2  # so that an error is not 0.0
+    text = f"{100 * math.expm1(mean):+.{decimals}f} % ± {error_percent:.{decimals}f} %"
     sign = 0 if abs(mean) <= STANDARD_ERRORS * error else 1 if mean > 0 else -1
     return _Change(text, sign)
 
