@@ -185,7 +185,6 @@ class Decoder:
             if mode != "static" and self.device.type != "cuda":
                 raise StaticError(f"the model is on {self.device.type}; a graph needs a CUDA GPU")
             self.cache = StaticCache(self.model, batch=batch, slots=max_length)
-            self.cache.find_next_linears(self.model, self._step)
             self.merged = MergedProducts(self.model, self._step)
             if disable_compile is False or (disable_compile is None and mode != "static"):
                 self._compile(must=disable_compile is False)

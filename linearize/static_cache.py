@@ -9,7 +9,6 @@ B batch, H query heads, G kv heads, D head dim, d map dim, L slots
 """
 
 from dataclasses import fields
-from functools import partial
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -17,7 +16,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .errors import LinearizeError
 from .kept_softmax import has_softmax
 from .linearized_cache import LinearizedCacheLayer
-from .merged_products import has_own_call
 from .modeling_linearized import attention_modules, linear_attentions
 from .rows import put
 
@@ -62,7 +60,6 @@ class StaticLinearLayer(LinearizedCacheLayer):
         super().__init__()
         self.linear_attn, self.window, self.is_initialized = linear_attn, linear_attn.window, True
         self.decode_state, self.maps, kept = None, None, len(linear_attn.heads.kept)
-        self.next_linear = None  # the nn.Linear that takes what attention gives, where it is known
         if kept:
             self.kept = StaticSoftmaxLayer(
                 heads=kept, head_dim=linear_attn.head_dim, slots=slots, next_slot=next_slot, **options
@@ -124,9 +121,7 @@ class StaticLinearLayer(LinearizedCacheLayer):
             raise StaticError("its attention has a softcap or sink logits, which the decode kernel lacks")
         weight, bias, log_decay = self.maps
         tokens = torch.cat([q, k], 1)  # [B, H + G, 1, D]
-        next_read = None if self.next_linear is None else self.next_linear.weight.detach()
-        return decode_op(tokens, v, weight, bias, self.decode_state, scaling=scaling, log_decay=log_decay,
-                         next_read=next_read)  # fmt: skip
+        return decode_op(tokens, v, weight, bias, self.decode_state, scaling=scaling, log_decay=log_decay)
 
     def num_bytes(self) -> int:
         parts = [self.decode_state] * (self.decode_state is not None) + [self.kept] * bool(self.linear_attn.heads.kept)
@@ -182,29 +177,6 @@ class StaticCache(Cache):
         order = (~valid).int().argsort(dim=1, stable=True)
         for mine, layer in zip(self.layers, state.cache.layers, strict=True):
             mine.load(layer, rows, order)
-
-    def find_next_linears(self, model, run) -> None:
-        """Which linear layer takes what each converted layer's attention gives: the last of its module in a step.
-
-        run: runs a step of the model.
-        """
-        modules, linear = attention_modules(model), linear_attentions(model)
-
-        def note(linear, _, *, layer):
-            layer.next_linear = linear
-
-        hooks = [
-            child.register_forward_pre_hook(partial(note, layer=layer))
-            for i, layer in zip(sorted(modules), self.layers, strict=True)
-            if i in linear
-            for child in modules[i].children()
-            if type(child) is torch.nn.Linear and not has_own_call(child)
-        ]
-        try:
-            run()
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def take_slot(self) -> None:
         """The host's count of the slots left, before a step. Raises StaticError where a row has none."""

@@ -18,7 +18,6 @@ OPTIONS = ["-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "
 KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\(.*?\)\s+)?(\w+)\(")
 MESSAGE = """
 extern "C" const char* emulated_message() { return emulator::message; }
-extern "C" long long emulated_fetched() { return emulator::fetched; }
 """
 LAUNCH = """
 extern "C" int emulated_launch_%s(const int* size, int shared, int reverse, void** args) {
@@ -49,7 +48,6 @@ class EmulatedKernel:
             assert result.returncode == 0, result.stderr
         self.library = ctypes.CDLL(f"{stem}.so")
         self.library.emulated_message.restype = ctypes.c_char_p
-        self.library.emulated_fetched.restype = ctypes.c_longlong
         self.launch = self.library[f"emulated_launch_{name}"]
         self.shared_bytes, self.reverse = shared_bytes, reverse
 

@@ -79,7 +79,6 @@ inline std::function<void()> body;
 inline char message[1024];
 inline std::vector<char> dynamic_storage;
 inline char* dynamic_memory;
-inline long long fetched = 0;  // bytes that were asked for ahead
 inline bool reversed = false;  // the order in which threads run
 
 [[noreturn]] inline void fail(const char* format, ...) {

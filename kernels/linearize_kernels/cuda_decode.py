@@ -64,12 +64,11 @@ def choose_launch(state: DecodeState, *, heads: int) -> Launch:
     return Launch(threads, blocks, min(pieces, staged), 4, False)
 
 
-def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch=None, *, early=False,
-                  next_read=None):  # fmt: skip
+def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch=None, *, early=False):
     """As `decode.launch_decode`, with this kernel; returns the compiled kernel.
 
     early: it may begin before the launch before it has ended, which must not change the state, nor follow early on one
-    that does. next_read: what the launch after it will read, asked into the L2 cache meanwhile; where it is dense.
+    that does.
     """
     heads, groups, splits = q.shape[1], k.shape[1], state.position.shape[2]
     q, k, v, q_far, k_far = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, q_far, k_far))
@@ -90,17 +89,9 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
         (splits, groups, q.shape[0]), (launch.threads, 1, 1),
         q, k, v, q_far, k_far, gate, log_decay, out, state.total, state.norm, state.keys, state.values,
         state.ring_far, state.ring_kind, state.position, state.offset, *strides,
-        scaling * math.log2(math.e), *_pieces(next_read), early=early,
+        scaling * math.log2(math.e), early=early,
     )  # fmt: skip
     return kernel
-
-
-def _pieces(x) -> tuple:
-    """(x, its bytes) where it lies in whole pieces of 16 bytes, fewer than 2^31 bytes of them; else (None, 0)."""
-    if x is None or not x.is_contiguous() or x.data_ptr() % 16:
-        return None, 0
-    size = x.numel() * x.element_size()
-    return (x, size // 16 * 16) if size < 2**31 else (None, 0)
 
 
 def _columns(state: DecodeState) -> int:

@@ -13,8 +13,6 @@
 // steps counts.
 // AHEAD: what the block will read later, values and the rest of the sum, is asked into the L2 cache at once, so that
 // memory is busy while it computes; for blocks that own all columns.
-// next, next_bytes: what the launch after this one will read, whole pieces of 16 bytes, or null: each block asks the L2
-// cache for its share, once it has asked for all of its own.
 // EARLY: the kernel may begin while that of the maps (maps.cu) runs, and asks for what the state holds meanwhile.
 #include "vectors.cuh"
 
@@ -79,8 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
     const ELEMENT* q, const ELEMENT* k, const ELEMENT* v, const Q_FAR* q_far, const K_FAR* k_far, const GATE* gate,
     const float* log_decay, OUT* out, SUM* total, float* norm, ELEMENT* keys, ELEMENT* values, RING_FAR* ring_far,
     signed char* ring_kind, int* position, const int* offset, int q_b, int q_h, int k_b, int k_h, int v_b, int v_h,
-    int qf_b, int qf_h, int kf_b, int kf_h, int g_b, int g_h, int o_b, int o_h, float scale, const unsigned char* next,
-    int next_bytes) {
+    int qf_b, int qf_h, int kf_b, int kf_h, int g_b, int g_h, int o_b, int o_h, float scale) {
     DYNAMIC_SHARED(memory);
     __shared__ Inputs in;
     __shared__ __align__(16) float features[FEATURES][PAD];
@@ -128,7 +125,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
         fetch_to_l2(values + (SINKS + max(begin, 0)) * VALUE_DIM, (new_slot - max(begin, 0)) * ROW);
         fetch_to_l2(values + (SINKS + RING + min(begin, 0)) * VALUE_DIM, max(-begin, 0) * ROW);
     }
-    if (EAGER) fetch_share_to_l2(next, next_bytes);  // little of its own, all of it asked for
     const Place place = {length, min(WINDOW - 1, age_limit), new_slot};
     Keys some;
     some.load(keys, 0, place);
@@ -299,8 +295,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
             for (int h = 0; h < PAD; h++) add(acc[h], scores[r][h], value);
         }
     }
-
-    if (!EAGER) fetch_share_to_l2(next, next_bytes);
 
     // Parts are added up, with the new token.
     float* parts = reinterpret_cast<float*>(memory);

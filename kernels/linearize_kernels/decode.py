@@ -148,13 +148,11 @@ def decode(
     return out
 
 
-def decode_mapped(tokens, v, weight, bias, state: DecodeState, *, scaling, log_decay=None, next_read=None,
-                  launch=None):  # fmt: skip
+def decode_mapped(tokens, v, weight, bias, state: DecodeState, *, scaling, log_decay=None, launch=None):
     """`decode` of tokens that are not mapped yet, in two launches; in CUDA the second begins while the first runs.
 
     tokens [B, H + G, 1, D]: queries, then keys; v [B, G, 1, V]; weight [H + G, D, d + 1], bias [H + G, 1, d + 1], dense
-    float32: their maps, the last column the gate of a query (and nothing of a key). next_read: a tensor that is read
-    next, as weights are, which CUDA asks into the L2 cache; its values are not looked at. Else as `decode`.
+    float32: their maps, the last column the gate of a query (and nothing of a key). Else as `decode`.
     """
     from .map_heads import map_heads
 
@@ -169,7 +167,7 @@ def decode_mapped(tokens, v, weight, bias, state: DecodeState, *, scaling, log_d
     else:
         from .cuda_decode import launch_decode as launch_in_cuda
 
-        launch_in_cuda(*arguments, early=True, next_read=next_read)
+        launch_in_cuda(*arguments, early=True)
     return out
 
 

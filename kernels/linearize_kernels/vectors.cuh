@@ -38,23 +38,11 @@ template <class T> __device__ __forceinline__ void copy_piece(T* to, const T* fr
 // before Hopper.
 __device__ __forceinline__ void fetch_to_l2(const void* from, int bytes) {
 #ifdef CUDA_ON_CPU
-    emulator::fetched += bytes;
     if (uintptr_t(from) % 16 || bytes % 16) emulator::fail("%d bytes at %p: no whole pieces of 16", bytes, from);
 #elif __CUDA_ARCH__ >= 900
     if (bytes > 0)
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes));
 #endif
-}
-
-// The block's share of `bytes` at `from`, by its first thread.
-__device__ __forceinline__ void fetch_share_to_l2(const unsigned char* from, int bytes) {
-    constexpr int AT_ONCE = 16 << 10;
-    if (from == nullptr || threadIdx.x) return;
-    const int blocks = gridDim.x * gridDim.y * gridDim.z;
-    const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-    const int share = (bytes / 16 + blocks - 1) / blocks * 16;
-    const long long first = min((long long)(block) * share, (long long)(bytes)), end = min(first + share, (long long)(bytes));
-    for (long long at = first; at < end; at += AT_ONCE) fetch_to_l2(from + at, int(min(end - at, (long long)(AT_ONCE))));
 }
 
 // N sums over OVER lanes at once; lane l gets number l / (OVER / N).
