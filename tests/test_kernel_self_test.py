@@ -335,3 +335,4 @@ def test_the_report_says_what_was_asked_for(choice, monkeypatch):
         else:
             assert implementation == choice and why.startswith("asked for, and cannot run: "), name
             assert not why.partition(": ")[2].startswith("not "), why
+            assert choice in why.lower(), "the reason of another implementation"
