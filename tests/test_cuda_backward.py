@@ -20,6 +20,7 @@ CASES = {
     **{f"length {t}, no sinks": {"length": t, "sinks": 0} for t in (1, 63, 64, 65, 200)},
     "four chunks": {"length": 330},
     "groups": {"length": 200, "heads": 4},
+    **{f"{h} heads, one group": {"length": 130, "heads": h} for h in (3, 8)},
     "8 heads, 2 groups": {"length": 130, "heads": 8, "groups": 2, "batch": 2},
     "16 sinks": {"length": 200, "sinks": 16},
     # So large, few queries weigh far keys at all, and one alone may have a dgate that is a difference of near equals.
@@ -184,6 +185,7 @@ GPU_CASES = {
     **CASES,
     "all heads": {"length": 1000, "batch": 3, "heads": 32, "groups": 32},
     "all heads, long": {"length": 2048, "batch": 2, "heads": 32, "groups": 32},
+    "length 4096": {"length": 4096, "heads": 2},
     "32 heads, 8 groups": {"length": 1500, "batch": 2, "heads": 32, "groups": 8},
     "9 heads, 3 groups, 9 sinks": {"length": 700, "batch": 4, "heads": 9, "groups": 3, "sinks": 9},
 }

@@ -37,12 +37,12 @@ def small(window, map_dim=4, texts=None):
 
 
 def cases():
-    for window in (2, 16, 63, 64, 65, 128, 214):
+    for window in (2, 16, 63, 64, 65, 128, 214, 256):
         yield f"window {window}", dict(length=window + 110, change=small(window))
-    for window, lengths in ((64, (1, 63, 64, 65, 129)), (20, (19, 20, 21)), (130, (129, 130, 131, 256, 257))):
+    for window, lengths in ((64, (1, 63, 64, 65, 127, 129)), (20, (19, 20, 21)), (130, (129, 130, 131, 256, 257))):
         for length in lengths:
             yield f"window {window}, length {length}", dict(length=length, change=small(window))
-    for window in (16, 64, 128, 214):
+    for window in (16, 64, 128, 214, 256):
         for length in (window - 1, window, window + 1):
             yield f"window {window}, length {length}, no sinks", dict(length=length, sinks=0, change=small(window))
     for map_dim in (1, 2, 3):
@@ -51,6 +51,8 @@ def cases():
         yield f"{sinks} sinks", dict(length=200, sinks=sinks, change=small(40))
     yield "16 sinks, window 16", dict(length=150, sinks=16, change=small(16))
     yield "groups of 3", dict(length=200, heads=6, groups=2, change=small(50))
+    for heads in (4, 8):
+        yield f"{heads} heads, one group", dict(length=150, heads=heads, change=small(50))
     yield "two rows", dict(length=130, heads=2, groups=1, batch=2, change=small(33))
     # See test_cuda_backward.py: over few heads the gate's gradient is ill-posed.
     yield "logits to 60", dict(length=200, large=4.0, heads=16, groups=16, change=small(64))
@@ -131,12 +133,18 @@ def test_takes_few_rows_of_several_texts():
     assert "CUDA needs an NVIDIA GPU" in can_backward_cuda(**inputs, **options).reason
 
 
+GPU_CASES = {
+    **CASES,
+    **{f"length {t}": dict(length=t, heads=2, change=small(214)) for t in (1000, 4096)},
+}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", GPU_CASES)
 def test_on_gpu(name, monkeypatch):
     assert cuda_backward.why_not_device(torch.device("cuda"), small=True) == ""
-    passes(check("cuda", monkeypatch, **CASES[name]))
+    passes(check("cuda", monkeypatch, **GPU_CASES[name]))
 
 
 @pytest.mark.gpu

@@ -18,7 +18,8 @@ from linearize_kernels.dispatch import can_forward_cuda, can_run_cuda
 from linearize_kernels.plan import plan_rows
 
 CASES = {
-    **{f"length {t}": {"length": t} for t in (1, 63, 64, 65, 200)},
+    **{f"length {t}": {"length": t} for t in (1, 63, 64, 65, 127, 200)},
+    **{f"{h} heads, one group": {"length": 130, "heads": h} for h in (3, 8)},
     "8 heads, 2 groups": {"length": 130, "heads": 8, "groups": 2, "batch": 2},
     **{f"length {t}, no sinks": {"length": t, "sinks": 0} for t in (63, 64, 65, 200)},
     "16 sinks": {"length": 150, "sinks": 16},

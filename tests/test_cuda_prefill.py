@@ -15,6 +15,7 @@ from linearize_kernels.dispatch import can_run_cuda
 CASES = {
     **{f"length {t}": {"length": t} for t in (1, 5, 63, 64, 65, 127, 128, 200)},
     "groups": {"length": 130, "heads": 4, "groups": 2},
+    **{f"{h} heads, one group": {"length": 130, "heads": h} for h in (3, 8)},
     **{f"length {t}, no sinks": {"length": t, "sinks": 0} for t in (63, 64, 65, 192)},
     **{f"length {t}": {"length": t} for t in (68, 69)},  # 69: one pair is far
     "16 sinks": {"length": 150, "sinks": 16},

@@ -19,6 +19,7 @@ RECIPE = {"window": 214, "map_dim": 4}
 CASES = {
     **{f"length {t}": {"length": t, **RECIPE} for t in (1, 64, 213, 214, 215, 280, 450)},
     "groups": {"length": 330, "heads": 4, "groups": 2, "batch": 2, **RECIPE},
+    **{f"{h} heads, one group": {"length": 330, "heads": h, **RECIPE} for h in (3, 8)},
     "logits to 60": {"length": 450, "large": 4.0, **RECIPE},
     **{f"gates by {gate}": {"length": 450, "gate": gate, **RECIPE} for gate in (200.0, -200.0, -torch.inf)},
     "views of padded rows": {"length": 300, "extra": 4, **RECIPE},
@@ -28,9 +29,10 @@ CASES = {
     **{f"window {w}, length {t}": {"length": t, "window": w, "map_dim": 4}
        for w in (2, 16, 63, 64, 65) for t in (w, w + 1, 200)},
     **{f"window {w}, length {t}, no sinks": {"length": t, "window": w, "map_dim": 4, "sinks": 0}
-       for w in (2, 16, 63, 64, 65, 128, 214) for t in (w - 1, w, w + 1)},
+       for w in (2, 16, 63, 64, 65, 128, 214, 256) for t in (w - 1, w, w + 1)},
     **{f"window {w}, length {t}": {"length": t, "window": w, "map_dim": 4}
-       for w in (16, 64, 128) for t in (w + 4, w + 5)},  # w + 5: one pair is far
+       for w in (16, 64, 128, 256) for t in (w + 4, w + 5)},  # w + 5: one pair is far
+    "length 127, window 64": {"length": 127, "window": 64, "map_dim": 4},
     "dim 8": {"length": 330, "window": 128, "map_dim": 8},
     "dim 6, heads of two groups": {"length": 200, "window": 128, "map_dim": 6, "heads": 4, "groups": 2},
     "dim 16": {"length": 450, "window": 214, "map_dim": 16},

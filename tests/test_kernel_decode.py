@@ -104,6 +104,16 @@ def test_asked_for_the_reference_it_runs_no_kernel(monkeypatch):
         decode(**token)
 
 
+@pytest.mark.skipif(ON_GPU, reason="there Triton runs")
+@pytest.mark.parametrize("implementation", ["auto", "triton"])
+def test_where_no_kernel_runs_the_error_says_why(implementation, monkeypatch):
+    inputs, options, valid = make(tokens=1)
+    state = prefilled(inputs, options, valid, 10)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="decode cannot run in Triton: on cpu; Triton needs a CUDA GPU"):
+        decode(**part(inputs, 10, 11), state=state, scaling=1.0, implementation=implementation)
+
+
 def test_splits_fill_the_gpu():
     assert choose_splits(8, 128) == 8 and choose_splits(3, 64) == 4 and choose_splits(1024, 128) == 1
 

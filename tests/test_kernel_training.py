@@ -9,6 +9,8 @@ import importlib
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="Triton is not installed")
 ON_GPU = torch.cuda.is_available()
@@ -229,6 +231,36 @@ def test_long_rows_take_far_tokens_through_sums(monkeypatch):
     reach = options["window"] + SMALL.chunk
     torch.testing.assert_close(wrong[:, :, :reach], right[:, :, :reach])
     assert (wrong - right)[:, :, -1].norm() > 0.1 * right[:, :, -1].norm()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation inside gives."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.num_bytes = max([self.num_bytes, *(x.untyped_storage().nbytes() for x in tensors)])
+        return result
+
+
+@pytest.mark.skipif(ON_GPU, reason="these tiles are for the interpreter")
+@pytest.mark.parametrize("case", [{}, {"decay": True}, {"cuts": (31, 32, 70)}], ids=["plain", "decay", "segments"])
+def test_no_tensor_of_all_pairs(case):
+    """Twice the tokens, twice the largest tensor, with gradients; that of the definition is four times as large."""
+
+    def growth(function):
+        largest = []
+        for length in (80, 160):
+            inputs, options, grad = make(**case, length=length, heads=1)
+            with LargestTensor() as seen:
+                run(function, inputs, options, grad)
+            largest.append(seen.num_bytes)
+        return largest[1] / largest[0]
+
+    assert growth(attention_quadratic) > 3.5
+    assert growth(functools.partial(triton_training, config=SMALL)) <= 2.1
 
 
 GPU_CASES = {

@@ -333,7 +333,7 @@ def test_only_a_long_run_is_compiled(folder, tmp_path, monkeypatch, least, off):
 
 
 def test_static_slots_hold_just_the_longest_row(tmp_path, monkeypatch):
-    """In the interpreter, which is slow, 8 tokens are folded at once instead of 64."""
+    """In the interpreter, which is slow, 8 tokens are folded at once instead of 32."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         tl = pytest.importorskip("triton.language", reason="Triton is not installed")

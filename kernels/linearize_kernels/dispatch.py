@@ -249,17 +249,22 @@ def _try_decode_cuda(state, heads: int, decay: bool, forced: bool) -> Verdict:
 
 
 def decodes_in_cuda(state, *, heads: int, decay: bool, implementation: str = "auto") -> bool:
-    """Whether `decode` takes CUDA (else Triton). Raises RuntimeError where CUDA is forced and cannot run, or the
-    reference, which is `attention` with a `State`."""
+    """Whether `decode` takes CUDA (else Triton). Raises RuntimeError where CUDA is forced and cannot run, where no
+    Triton kernel runs and it would be taken, and where the reference is asked for, which is `attention` with a
+    `State`."""
     chosen = requested(implementation)
     if chosen == "reference":
         raise RuntimeError("decode was asked to run as the reference: that is attention with a State")
-    if chosen not in ("auto", "cuda"):
-        return False
-    verdict = can_decode_cuda(state, heads=heads, decay=decay, forced=chosen == "cuda")
-    if chosen == "cuda" and not verdict:
-        raise RuntimeError(f"decode was asked to run in CUDA, and cannot: {verdict.reason}")
-    return bool(verdict)
+    if chosen in ("auto", "cuda"):
+        verdict = can_decode_cuda(state, heads=heads, decay=decay, forced=chosen == "cuda")
+        if chosen == "cuda" and not verdict:
+            raise RuntimeError(f"decode was asked to run in CUDA, and cannot: {verdict.reason}")
+        if verdict:
+            return True
+    reason = why_not_triton(state.total.device)
+    if reason:
+        raise RuntimeError(f"decode cannot run in Triton: {reason}")
+    return False
 
 
 def can_run_losses(logits, teacher=None) -> Verdict:

@@ -22,7 +22,8 @@ def logit_losses(logits, labels, teacher=None, *, implementation="auto"):
     """
     chosen = requested(implementation)
     if chosen == "cuda":
-        raise RuntimeError("losses of logits were asked to run in cuda: Triton has them")
+        reason = "there is no CUDA kernel, Triton has one"
+        raise RuntimeError(f"losses of logits were asked to run in cuda, and cannot: {reason}")
     verdict = can_run_losses(logits, teacher) if chosen == "triton" or chosen == "auto" and logits.is_cuda else None
     if chosen == "triton" and not verdict:
         raise RuntimeError(f"losses of logits were asked to run in triton, and cannot: {verdict.reason}")

@@ -2,6 +2,7 @@
 
 import torch
 
+from . import cuda
 from .dispatch import (
     KERNELS,
     can_backward_cuda,
@@ -80,7 +81,8 @@ def _backward(device, window, map_dim) -> tuple[str, str]:
 
 def _decode(dtype, device, window, map_dim) -> tuple[str, str]:
     """What `linearize.Decoder` takes for a step where it is one graph."""
-    chosen, reason = requested(), why_not_triton(device)
+    chosen = requested()
+    reason = (cuda.why_not(device) if chosen == "cuda" else "") or why_not_triton(device)
     if chosen == "reference" or reason:
         return _refused(chosen, reason)
     from .decode import DecodeState
@@ -101,7 +103,7 @@ def _decode(dtype, device, window, map_dim) -> tuple[str, str]:
 def _losses(dtype, device) -> tuple[str, str]:
     chosen, logits = requested(), torch.empty(1, VOCABULARY, dtype=dtype, device=device)
     if chosen == "cuda":
-        return _refused(chosen, "Triton has them")
+        return _refused(chosen, "there is no CUDA kernel, Triton has one")
     verdict = can_run_losses(logits, logits)
     if verdict and (chosen == "triton" or device.type == "cuda" and chosen == "auto"):
         return _taken("triton", device)
