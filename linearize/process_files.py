@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,12 +90,23 @@ class Output:
         self.parts = Path(f"{target}.parts")
         check_folder_of(self.target)
         for path in (self.target, self.errors):
+            if path.exists() and not path.is_file():  # reading what is in it might never end
+                raise DataError(f"{path} cannot be written: a directory, pipe or device. Give another output file.")
             if source is not None and path.exists() and path.samefile(source):
                 raise DataError(f"{source} is where rows are read; give another output file")
-        try:
+        with self._writing():
             self._open(rank, world)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raises DataError where the disk is full, or will not take what is written for another reason."""
+        try:
+            yield
         except OSError as error:
-            raise DataError(f"{self.target} cannot be written: {error}. Give another output file.") from error
+            raise DataError(
+                f"{self.target} cannot be written: {error}. Mend that and give the same command again, which goes on "
+                "from what is there, or give another output file."
+            ) from error
 
     def _open(self, rank: int, world: int) -> None:
         good, bad = ([row for row, *_ in _whole_lines(path)] for path in (self.target, self.errors))
@@ -142,26 +154,29 @@ class Output:
 
     def _add(self, file, row: dict) -> None:
         """On the disk neither file runs ahead of the other: what was written to it is there before this goes on."""
-        if file is not self._newest or time.monotonic() - self._synced > SYNC_EVERY:
-            self._sync()
-        self._newest = file
-        _write(file, row)
+        with self._writing():
+            if file is not self._newest or time.monotonic() - self._synced > SYNC_EVERY:
+                self._sync()
+            self._newest = file
+            _write(file, row)
 
     def _sync(self) -> None:
         os.fsync(self._newest.fileno())
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        self._sync()
-        self._good.close()
-        self._bad.close()
+        with self._writing():
+            self._sync()
+            self._good.close()
+            self._bad.close()
 
     def finish(self) -> None:
         """One process, when all have closed theirs: parts go into OUT in order. Killed here, it can be done again."""
         if self.parts.exists():
             for path in (self.target, self.errors):
                 _cut_half_a_line(path)
-            self._join_parts()
+            with self._writing():
+                self._join_parts()
             shutil.rmtree(self.parts)
         if self.errors.exists() and not self.errors.stat().st_size:
             self.errors.unlink()

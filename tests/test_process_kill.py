@@ -2,11 +2,13 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -155,6 +157,24 @@ def test_parts_that_lack_a_row_are_not_joined(tmp_path):
     with pytest.raises(DataError, match="lacks rows"):
         output.finish()
     assert target.read_bytes() == before and Path(f"{target}.parts").exists()
+
+
+def test_a_full_disk_is_said_and_costs_no_row(tmp_path):
+    target, limits = tmp_path / "out.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    output = Output(target)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a longer file is refused as on a full disk
+    try:
+        with pytest.raises(DataError, match="out.jsonl cannot be written: .*same command"), closing(output):
+            for n in range(100):
+                output.write({"row": n})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert target.stat().st_size == 1000 and not target.read_bytes().endswith(b"\n")
+    with closing(Output(target)) as output:
+        assert 50 < output.start < 100
+        for n in range(output.start, 100):
+            output.write({"row": n})
+    assert [r["row"] for r in lines(target)] == list(range(100))
 
 
 def test_what_waits_for_the_disk(tmp_path, monkeypatch):
