@@ -1,5 +1,6 @@
 """`linearize process` killed by SIGKILL while it works, alone and as two processes: no row lost, none twice."""
 
+import errno
 import json
 import os
 import resource
@@ -135,6 +136,32 @@ def test_one_process_goes_on_where_three_were_killed(tmp_path):
     assert [r["row"] for r in lines(target)] == [0, 1, 2, 4, 5, 6, 7, 8]
     assert [r["row"] for r in lines(Path(f"{target}.errors.jsonl"))] == [3]
     assert not Path(f"{target}.parts").exists()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_two_do_not_write_the_same_rows(tmp_path, world):
+    target = tmp_path / "out.jsonl"
+    with closing(Output(target, world=world)) as output:
+        output.write({"row": 0})
+        with pytest.raises(DataError, match="another process is writing there"):
+            Output(target, world=world)
+        if world > 1:
+            Output(target, rank=1, world=world).close()  # that one has files of its own
+    with closing(Output(target, world=world)) as output:
+        assert output.is_done(0)
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(refuse.errno, "no locks")
+
+    monkeypatch.setattr(process_files.fcntl, "flock", refuse)
+    refuse.errno = errno.ENOSYS
+    Output(tmp_path / "out.jsonl").close()
+    assert "has no locks" in capsys.readouterr().err
+    refuse.errno = errno.EIO
+    with pytest.raises(DataError, match="cannot be written: .*no locks"):
+        Output(tmp_path / "out.jsonl")
 
 
 def test_killed_while_parts_are_joined(tmp_path):
