@@ -173,8 +173,17 @@ def pick_device(device: str) -> torch.device:
         picked = torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"device {device!r}: {error}") from error
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device {device!r}: torch sees no CUDA device here. Use auto or cpu.")
+    if picked.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count <= (picked.index or 0):
+            sees = f"only {count} CUDA devices" if count else "no CUDA device"
+            raise ModelError(f"device {device!r}: torch sees {sees} here. Use auto or cpu.")
+        return picked
+    try:
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError, ImportError) as error:  # which of them depends on the kind of device
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise ModelError(f"device {device!r} is not on this machine: {reason}. Use auto or cpu.") from error
     return picked
 
 

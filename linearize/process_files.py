@@ -7,17 +7,22 @@ work. What a kill leaves behind is all that was written; after a loss of power i
 every SYNC_EVERY seconds.
 """
 
+import errno
+import fcntl
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import DataError
 from .whole_folder import check_folder_of, write_json
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 SYNC_EVERY = 1.0  # seconds; a wait for the disk after each row would cost more than a short answer
 
 
@@ -81,7 +86,8 @@ class Output:
     """Where this process writes, and which rows are done: `start` rows in OUT, and those of `done` in parts.
 
     source: where rows are read. rank, world: this process's number, and how many there are. Raises DataError for
-    files that this command did not write or reads from, which stay as they are, and for such as cannot be written.
+    files that this command did not write or reads from, which stay as they are, for such as cannot be written, and
+    where another process writes them.
     """
 
     def __init__(self, target, *, source=None, rank: int = 0, world: int = 1):
@@ -89,27 +95,39 @@ class Output:
         self.parts = Path(f"{target}.parts")
         check_folder_of(self.target)
         for path in (self.target, self.errors):
+            if path.exists() and not path.is_file():  # reading what is in it might never end
+                raise DataError(f"{path} cannot be written: a directory, pipe or device. Give another output file.")
             if source is not None and path.exists() and path.samefile(source):
                 raise DataError(f"{source} is where rows are read; give another output file")
-        try:
+        with self._writing():
             self._open(rank, world)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raises DataError where the disk is full, or will not take what is written for another reason."""
+        try:
+            yield
         except OSError as error:
-            raise DataError(f"{self.target} cannot be written: {error}. Give another output file.") from error
+            raise DataError(
+                f"{self.target} cannot be written: {error}. Mend that and give the same command again, which goes on "
+                "from what is there, or give another output file."
+            ) from error
 
     def _open(self, rank: int, world: int) -> None:
+        mine = self.target, self.errors
+        if world > 1 or self.parts.exists():
+            self.parts.mkdir(exist_ok=True, parents=True)
+            mine = self.parts / f"good-{rank}.jsonl", self.parts / f"bad-{rank}.jsonl"
+        # half a character of a row has no UTF-8: it becomes an escape, the one by which JSON knows it
+        self._good, self._bad = (path.open("a", encoding="utf-8", errors="backslashreplace") for path in mine)
+        _lock(self._good)  # before anything is read
         good, bad = ([row for row, *_ in _whole_lines(path)] for path in (self.target, self.errors))
         self.start = len(good) + len(bad)
         if sorted(good + bad) != list(range(self.start)) or sorted(good) != good:
             raise _foreign(self.target)
         self.done = {row for path in self._part_files() for row, *_ in _whole_lines(path)}
-        mine = self.target, self.errors
-        if world > 1 or self.parts.exists():
-            self.parts.mkdir(exist_ok=True, parents=True)
-            mine = self.parts / f"good-{rank}.jsonl", self.parts / f"bad-{rank}.jsonl"
         for path in mine:
             _cut_half_a_line(path)
-        # half a character of a row has no UTF-8: it becomes an escape, the one by which JSON knows it
-        self._good, self._bad = (path.open("a", encoding="utf-8", errors="backslashreplace") for path in mine)
         self._newest, self._synced = self._good, time.monotonic()
 
     def check_settings(self, settings: dict, *, rows: int, first: bool = True) -> None:
@@ -142,26 +160,29 @@ class Output:
 
     def _add(self, file, row: dict) -> None:
         """On the disk neither file runs ahead of the other: what was written to it is there before this goes on."""
-        if file is not self._newest or time.monotonic() - self._synced > SYNC_EVERY:
-            self._sync()
-        self._newest = file
-        _write(file, row)
+        with self._writing():
+            if file is not self._newest or time.monotonic() - self._synced > SYNC_EVERY:
+                self._sync()
+            self._newest = file
+            _write(file, row)
 
     def _sync(self) -> None:
         os.fsync(self._newest.fileno())
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        self._sync()
-        self._good.close()
-        self._bad.close()
+        with self._writing():
+            self._sync()
+            self._good.close()
+            self._bad.close()
 
     def finish(self) -> None:
         """One process, when all have closed theirs: parts go into OUT in order. Killed here, it can be done again."""
         if self.parts.exists():
             for path in (self.target, self.errors):
                 _cut_half_a_line(path)
-            self._join_parts()
+            with self._writing():
+                self._join_parts()
             shutil.rmtree(self.parts)
         if self.errors.exists() and not self.errors.stat().st_size:
             self.errors.unlink()
@@ -187,6 +208,21 @@ class Output:
 
     def _part_files(self) -> list[Path]:
         return sorted(self.parts.glob("*.jsonl"))
+
+
+def _lock(file) -> None:
+    """Holds a file until it is closed or this process ends, however. Raises DataError where another process does."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DataError(
+            f"{file.name}: another process is writing there, and both would answer every row. Wait for it, or end it."
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        print(f"warning: {file.name}: its file system has no locks ({error}), so nothing keeps another process from "
+              "answering the same rows", file=sys.stderr)  # fmt: skip
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[int, int, int]]:

@@ -23,6 +23,9 @@ def serve(folder, *, host: str = "localhost", port: int = 8000, device: str = "a
     from transformers.cli.serve import Serve
 
     model, tokenizer = load(folder, device=device)
+    # Else a client's temperature is passed over: the server takes it, but only ever turns sampling off, at 0. A request
+    # without one samples at the model's own, or at 1, as it does at OpenAI.
+    model.generation_config.do_sample = True
     name = str(folder)
     entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "linearize"}
 

@@ -154,6 +154,20 @@ def test_what_cannot_be_generated(folder, tmp_path, capsys, monkeypatch):
         generate_text(folder, prompts=[])
 
 
+def test_devices_that_are_not_there(folder, capsys, monkeypatch):
+    def said(device):
+        return refused(capsys, "generate", folder, "-p", "text", "--device", device)
+
+    assert "Expected one of" in said("abacus")
+    for device in ("hip", "hpu", "vulkan"):
+        assert f"device '{device}' is not on this machine" in said(device)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "sees no CUDA device" in said("cuda")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert "sees only 2 CUDA devices" in said("cuda:2")
+
+
 def test_text_that_the_tokenizer_makes_nothing_of(folder, tmp_path, capsys):
     model, tokenizer = load(folder, device="cpu")
     tokenizer.backend_tokenizer.normalizer = normalizers.Strip()

@@ -1,6 +1,7 @@
 """`linearize bench generation`: table, file and picture of small runs, cells that do not fit, and what is refused."""
 
 import csv
+import subprocess
 
 import pytest
 import torch
@@ -94,6 +95,24 @@ def test_a_process_that_fails_tells_why(folder, tmp_path):
                    window=None, map_dim=None)  # fmt: skip
     with pytest.raises(bench.LinearizeError, match="converted, prompt 8: .*is not a model folder"):
         bench.in_own_process(cell, options, 1e9)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "told"),
+    [
+        (
+            "a warning\nerror: it does not load: no such model\nCheck the network\n",
+            "it does not load: no such model\nCheck",
+        ),
+        ("Traceback\nRuntimeError: a reason\n", "RuntimeError: a reason"),
+        ("", "exit status 3"),
+    ],
+)
+def test_what_a_process_says_is_told_whole(monkeypatch, stderr, told):
+    ended = subprocess.CompletedProcess([], 3, "", stderr)
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(bench.LinearizeError, match=f"converted, prompt 8: {told}"):
+        bench.in_own_process(generation_measure.Cell("converted", 8, 4, 1), {"device": "cpu"}, 1e9)
 
 
 @pytest.mark.parametrize("kind", ["converted", "teacher"])

@@ -287,7 +287,8 @@ def test_files_that_cannot_be_read_or_written(folder, tmp_path, monkeypatch):
     source = write(tmp_path / "in.jsonl", [{"text": "so"}])
     for name in ("out", "other.errors.jsonl"):
         (tmp_path / name).mkdir()
-    for target in ("out", "other"):
+    (tmp_path / "null").symlink_to("/dev/null")
+    for target in ("out", "other", "null"):
         with pytest.raises(DataError, match="cannot be written: .*directory"):
             run(folder, source, tmp_path / target)
     data = datasets.Dataset.from_dict({"text": ["so"]})

@@ -1,12 +1,15 @@
 """`linearize process` killed by SIGKILL while it works, alone and as two processes: no row lost, none twice."""
 
+import errno
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -135,6 +138,32 @@ def test_one_process_goes_on_where_three_were_killed(tmp_path):
     assert not Path(f"{target}.parts").exists()
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_two_do_not_write_the_same_rows(tmp_path, world):
+    target = tmp_path / "out.jsonl"
+    with closing(Output(target, world=world)) as output:
+        output.write({"row": 0})
+        with pytest.raises(DataError, match="another process is writing there"):
+            Output(target, world=world)
+        if world > 1:
+            Output(target, rank=1, world=world).close()  # that one has files of its own
+    with closing(Output(target, world=world)) as output:
+        assert output.is_done(0)
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(refuse.errno, "no locks")
+
+    monkeypatch.setattr(process_files.fcntl, "flock", refuse)
+    refuse.errno = errno.ENOSYS
+    Output(tmp_path / "out.jsonl").close()
+    assert "has no locks" in capsys.readouterr().err
+    refuse.errno = errno.EIO
+    with pytest.raises(DataError, match="cannot be written: .*no locks"):
+        Output(tmp_path / "out.jsonl")
+
+
 def test_killed_while_parts_are_joined(tmp_path):
     target = parts_of(tmp_path, [[2, 4], [3, 5]])
     with target.open("a") as file:
@@ -155,6 +184,24 @@ def test_parts_that_lack_a_row_are_not_joined(tmp_path):
     with pytest.raises(DataError, match="lacks rows"):
         output.finish()
     assert target.read_bytes() == before and Path(f"{target}.parts").exists()
+
+
+def test_a_full_disk_is_said_and_costs_no_row(tmp_path):
+    target, limits = tmp_path / "out.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    output = Output(target)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a longer file is refused as on a full disk
+    try:
+        with pytest.raises(DataError, match="out.jsonl cannot be written: .*same command"), closing(output):
+            for n in range(100):
+                output.write({"row": n})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert target.stat().st_size == 1000 and not target.read_bytes().endswith(b"\n")
+    with closing(Output(target)) as output:
+        assert 50 < output.start < 100
+        for n in range(output.start, 100):
+            output.write({"row": n})
+    assert [r["row"] for r in lines(target)] == list(range(100))
 
 
 def test_what_waits_for_the_disk(tmp_path, monkeypatch):

@@ -81,6 +81,16 @@ def test_chat_whole_and_streamed(client, folder, capsys):
 
 @pytest.mark.slow
 @needs_server
+def test_a_temperature_and_a_seed(client, folder):
+    ask = dict(model=str(folder), messages=[{"role": "user", "content": PROMPT}], max_tokens=30, temperature=1.0)
+    first, again, other = (
+        client.chat.completions.create(**ask, seed=seed).choices[0].message.content for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+@pytest.mark.slow
+@needs_server
 def test_completions_models_and_a_reset(client, folder, capsys):
     expected = generate_text(folder, prompts=[PROMPT], max_new_tokens=20, device="cpu")[0]
     ask = dict(model=str(folder), prompt=PROMPT, max_tokens=20, temperature=0)

@@ -145,8 +145,9 @@ def in_own_process(cell: Cell, options: dict, rate: float) -> Result:
     if run.returncode == -signal.SIGKILL:  # by the system, for its memory
         return _does_not_fit(cell)
     if run.returncode:
-        told = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
-        raise LinearizeError(f"{cell.side}, prompt {cell.prompt}: {told[-1].removeprefix('error: ')}")
+        lines = ["", *run.stderr.strip().splitlines()]
+        told = "\n".join(lines).partition("\nerror: ")[2] or lines[-1] or f"exit status {run.returncode}"
+        raise LinearizeError(f"{cell.side}, prompt {cell.prompt}: {told}")
     if cell.profile:
         print(run.stdout.rpartition("\n{")[0])
     return Result(**json.loads(run.stdout.splitlines()[-1]))
