@@ -17,7 +17,7 @@ from linearize.recipe import load_recipe
 from linearize_eval import sweep as sweep_module
 from linearize_eval.report import load_report
 from linearize_eval.sweep import plan_sweep, sweep, variant_name
-from linearize_eval.sweep_results import draw_results, figures_of, frontier
+from linearize_eval.sweep_results import draw_results, figures_of, frontier, label_of
 
 TOKENS_GRID = ["match.tokens=384,768"]
 GRID = ["attention.feature_map.dim=2,4", "match.lr=1e-3,1e-2"]
@@ -160,6 +160,11 @@ def test_the_picture_has_points_of_both_distances(swept, tmp_path):
 def test_the_frontier_is_of_what_nothing_smaller_beats():
     points = [(2, 6.0), (1, 5.0), (2, 4.0), (3, 4.0), (5, 2.0), (4, 1.0)]
     assert frontier(points) == [(1, 5.0), (2, 4.0), (4, 1.0)] and frontier([]) == []
+
+
+def test_a_point_says_the_settings_and_how_long_lists_are():
+    grid = {"attention.keep_softmax.heads": [[18, 2], [8, 0]], "match.lr": 0.1}
+    assert label_of({"grid": grid}) == "2 heads, lr=0.1"
 
 
 def test_a_line_leads_along_the_frontier(tmp_path, monkeypatch):

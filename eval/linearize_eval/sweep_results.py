@@ -163,7 +163,7 @@ def _dress(axes: Axes, states: Sequence[int]) -> None:
     spread = max(states) / min(states)
     marks = []
     for state in states:
-        if not marks or state / marks[-1] > spread**0.08:
+        if not marks or state / marks[-1] > spread**0.1:
             marks.append(state)
     axes.set_xticks(marks, [write_bytes(state) for state in marks])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -173,12 +173,13 @@ def _dress(axes: Axes, states: Sequence[int]) -> None:
     axes.margins(x=0.15)
     axes.grid(alpha=0.25)
     axes.set(
-        title="Copy recall against memory (lower left is better; lines: the best for their bytes; dashed: the teacher)",
+        title="Copy recall against memory: lines, the best for their bytes; dashed, the teacher",
         xlabel=f"state of one sequence at {STATE_LENGTH} tokens",
         ylabel="perplexity of a repeated passage",
     )
 
 
 def label_of(record: dict) -> str:
-    """'dim=8 lr=0.001': the settings of a variant by their last names."""
-    return " ".join(f"{path.rpartition('.')[2]}={value}" for path, value in record["grid"].items())
+    """'dim=8, 6 heads': the settings of a variant by their last names, of lists how long they are."""
+    named = ((path.rpartition(".")[2], value) for path, value in record["grid"].items())
+    return ", ".join(f"{len(v)} {name}" if isinstance(v, list) else f"{name}={v}" for name, v in named)
