@@ -27,7 +27,7 @@ class Launch(NamedTuple):
     staged: int = 8  # pieces of the sum that a thread asks for at once
     unroll: int = 4  # and then so many
     eager: bool = False
-    ahead: bool = False  # not measured yet
+    ahead: bool = False  # ask the L2 cache at once for what comes later; bench_launches tries it, nothing takes it yet
 
 
 def why_not(state: DecodeState, *, heads: int) -> str:

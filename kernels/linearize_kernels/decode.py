@@ -152,7 +152,8 @@ def decode_mapped(tokens, v, weight, bias, state: DecodeState, *, scaling, log_d
     """`decode` of tokens that are not mapped yet, in two launches; in CUDA the second begins while the first runs.
 
     tokens [B, H + G, 1, D]: queries, then keys; v [B, G, 1, V]; weight [H + G, D, d + 1], bias [H + G, 1, d + 1], dense
-    float32: their maps, the last column the gate of a query (and nothing of a key). Else as `decode`.
+    float32: their maps, the last column the gate of a query (and nothing of a key); in CUDA weight is read before the
+    launch just before this call has ended, so that one must not write it. Else as `decode`.
     """
     from .map_heads import map_heads
 

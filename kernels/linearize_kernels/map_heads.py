@@ -14,7 +14,8 @@ def map_heads(x, weight, bias, *, in_cuda: bool = False):
     """x weight + bias a head: x [B, M, 1, D], weight [M, D, E], bias [M, 1, E] -> [B, M, 1, E] float32, dense.
 
     x is float32 or bfloat16, weight and bias dense float32; they are multiplied in float32. Not differentiable.
-    in_cuda: by maps.cu, which takes D in whole pieces of 4, up to 128; else by Triton.
+    in_cuda: by maps.cu, which takes D in whole pieces of 4, up to 128, and reads weight before the launch just before
+    it has ended; else by Triton.
     """
     (batch, heads, length, head_dim), columns = x.shape, weight.shape[2]
     assert length == 1 and weight.shape == (heads, head_dim, columns) and bias.shape == (heads, 1, columns)

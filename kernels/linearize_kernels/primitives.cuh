@@ -1,5 +1,5 @@
-// What kernels share: bfloat16 in unsigned short, dynamic shared memory, launches that overlap. On a GPU, and on the CPU (CUDA_ON_CPU) where
-// the tests run the same source.
+// What kernels share: bfloat16 in unsigned short, dynamic shared memory, launches that overlap. On a GPU, and on the CPU
+// (CUDA_ON_CPU) where the tests run the same source.
 #pragma once
 
 #ifdef CUDA_ON_CPU
