@@ -137,15 +137,8 @@ def decode(
     """
     if out is None:
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    log_decay = None if log_decay is None else log_decay.detach().float().contiguous()
-    arguments = q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch
-    if not _takes_cuda(q.shape[1], state, log_decay, launch, implementation):
-        launch_decode(*arguments)
-    else:
-        from .cuda_decode import launch_decode as launch_in_cuda
-
-        launch_in_cuda(*arguments)
-    return out
+    in_cuda = _takes_cuda(q.shape[1], state, log_decay, launch, implementation)
+    return _launch(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch, in_cuda=in_cuda)
 
 
 def decode_mapped(tokens, v, weight, bias, state: DecodeState, *, scaling, log_decay=None, launch=None):
@@ -158,17 +151,23 @@ def decode_mapped(tokens, v, weight, bias, state: DecodeState, *, scaling, log_d
     from .map_heads import map_heads
 
     groups, out = v.shape[1], v.new_empty(tokens.shape[0], tokens.shape[1] - v.shape[1], 1, v.shape[-1])
-    log_decay = None if log_decay is None else log_decay.detach().float().contiguous()
     in_cuda = _takes_cuda(out.shape[1], state, log_decay, launch, "auto")
     far = map_heads(tokens, weight, bias, in_cuda=in_cuda)
     (q, k), (q_far, k_far) = (x.split([x.shape[1] - groups, groups], 1) for x in (tokens, far))
-    arguments = q, k, v, q_far[..., :-1], k_far[..., :-1], q_far[..., -1], state, scaling, log_decay, out, launch
-    if not in_cuda:
-        launch_decode(*arguments)
-    else:
+    far = q_far[..., :-1], k_far[..., :-1], q_far[..., -1]
+    return _launch(q, k, v, *far, state, scaling, log_decay, out, launch, in_cuda=in_cuda, early=in_cuda)
+
+
+def _launch(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch, *, in_cuda: bool, early=False):
+    """`launch_decode` of the one kernel or the other; early: of cuda_decode's. Returns out."""
+    log_decay = None if log_decay is None else log_decay.detach().float().contiguous()
+    arguments = q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch
+    if in_cuda:
         from .cuda_decode import launch_decode as launch_in_cuda
 
-        launch_in_cuda(*arguments, early=True)
+        launch_in_cuda(*arguments, early=early)
+    else:
+        launch_decode(*arguments)
     return out
 
 
