@@ -66,7 +66,9 @@ class Product:
     def refresh(self) -> None:
         """Makes each parameter a view of its rows of the buffer, with the values it has."""
         for name, buffer in (("weight", self.weight), ("bias", self.bias)):
-            for linear, rows in zip(self.linears, () if buffer is None else buffer.split(self.sizes), strict=False):
+            if buffer is None:
+                continue
+            for linear, rows in zip(self.linears, buffer.split(self.sizes), strict=True):
                 parameter = getattr(linear, name)
                 same = all(getattr(parameter, x) == getattr(rows, x) for x in ("shape", "dtype", "device"))
                 if same and parameter.data_ptr() != rows.data_ptr():

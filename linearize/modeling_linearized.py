@@ -152,7 +152,7 @@ def _signed_as(base_forward, forward):
     def signed(self, *args, **kwargs):
         if len(args) > len(names):
             raise TypeError(f"forward takes at most {len(names)} positional arguments, not {len(args)}")
-        return forward(self, **dict(zip(names, args, strict=False)), **kwargs)
+        return forward(self, **dict(zip(names[: len(args)], args, strict=True)), **kwargs)
 
     return signed
 

@@ -162,6 +162,20 @@ def test_the_frontier_is_of_what_nothing_smaller_beats():
     assert frontier(points) == [(1, 5.0), (2, 4.0), (4, 1.0)] and frontier([]) == []
 
 
+def test_more_distances_than_styles_are_all_drawn(tmp_path, monkeypatch):
+    labels, draw = [], Axes.plot
+
+    def plot(axes, *args, **options):
+        labels.append(options.get("label"))
+        return draw(axes, *args, **options)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    copies = {f"copy@{n}": 2.0 for n in range(9)}
+    figures = {**copies, "state_bytes_4k": 5, "teacher": copies}
+    assert draw_results([{"figures": figures, "grid": {}}], tmp_path / "a.png")
+    assert [label for label in labels if label] == [f"copy at distance {n}" for n in range(9)]
+
+
 def test_a_point_says_the_settings_and_how_long_lists_are():
     grid = {"attention.keep_softmax.heads": [[18, 2], [8, 0]], "match.lr": 0.1}
     assert label_of({"grid": grid}) == "2 heads, lr=0.1"

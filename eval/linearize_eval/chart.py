@@ -61,9 +61,8 @@ def _draw_perplexity(axes: Axes, report: dict) -> None:
         nll = np.array(variant["nll_by_position"], dtype=float)  # None becomes NaN
         curves.append(smooth_by_position(nll, first=first))
     top = top_of_axis([values for _, values in curves])
-    for (colour, style), variant, (centres, values) in zip(
-        itertools.cycle(STYLES), report["variants"], curves, strict=False
-    ):
+    drawn = zip(report["variants"], curves, strict=True)
+    for (colour, style), (variant, (centres, values)) in zip(itertools.cycle(STYLES), drawn):
         overall = variant["perplexity"]
         label = f"{variant['name']}: {NOT_FINITE if overall is None else write_number(overall)} overall"
         if top is not None and np.nanmax(values, initial=0) > top:

@@ -1,5 +1,7 @@
 """The picture of `linearize bench generation`: tokens a second by prompt length and batch, a line a side."""
 
+import itertools
+
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -18,7 +20,7 @@ def draw_generation(results, path, *, title: str) -> None:
         (left, max, "at the largest batch measured"),
         (right, min, "at the smallest batch measured"),
     ):
-        for side, (colour, line) in zip(sides, STYLES, strict=False):
+        for side, (colour, line) in zip(sides, itertools.cycle(STYLES)):
             points = []
             for prompt in sorted({r.prompt for r in measured if r.side == side}):
                 cell = choose((r for r in measured if r.side == side and r.prompt == prompt), key=lambda r: r.batch)

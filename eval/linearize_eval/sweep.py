@@ -62,7 +62,7 @@ def sweep(source: str, *, grid: Sequence[str], overrides: Sequence[str] = (), ke
         write_results(folder, base, _records(folder, variants))
     records = _records(folder, variants)
     show_results(folder, base, records)
-    failed = {v.name: r["error"] for v, r in zip(variants, records, strict=False) if r.get("error")}
+    failed = {v.name: error for v in variants if (error := _read(folder / f"{v.name}.json").get("error"))}
     if failed:
         lines = [f"  {name}: {error}" for name, error in failed.items()]
         raise LinearizeError("\n".join([f"{len(failed)} of {len(variants)} variants failed:", *lines]))

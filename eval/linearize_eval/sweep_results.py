@@ -1,6 +1,7 @@
 """What came of a sweep: a row a variant in results.csv, the same as a table, and recall against state in a picture."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -126,7 +127,7 @@ def draw_results(records: Sequence[dict], path: Path) -> bool:
     figure = Figure(figsize=(10, 6.5), layout="constrained", dpi=130)
     FigureCanvasAgg(figure)
     axes, states = figure.subplots(), set()
-    for name, (colour, _), marker in zip(distances, STYLES, "osD^vPX", strict=False):
+    for name, (colour, _), marker in zip(distances, itertools.cycle(STYLES), itertools.cycle("osD^vPX")):
         points = [(r["figures"]["state_bytes_4k"], r["figures"].get(name), label_of(r)) for r in done]
         for state, value, label in points:
             if value is not None:

@@ -112,7 +112,7 @@ def draw_chart(path: Path, rows: list[Row], ceilings: Ceilings, title: str) -> s
     figure.suptitle(title, fontsize=10)
     order = list(dict.fromkeys(row.implementation for row in rows))
     places = figure.subplots(lines, columns, squeeze=False).flat
-    for axes, (name, members) in zip(places, panels.items(), strict=False):
+    for axes, (name, members) in zip(places[: len(panels)], panels.items(), strict=True):
         _draw_panel(axes, name, members, ceilings, order)
     for axes in places[len(panels) :]:
         axes.set_axis_off()
