@@ -113,12 +113,10 @@ CASES = {  # in the emulator each is a compilation of a second
         "prompt": 70, "tokens": FOLD + 6, "window": 64, "head_dim": 128, "dtype": BF16,
         "launch": Launch(threads=128, staged=0, unroll=3),
     },  # fmt: skip
-    "values and sums asked for ahead, bfloat16": {
-        "head_dim": 64, "dtype": BF16, "tokens": 3 * FOLD, "launch": Launch(staged=2, ahead=True),
+    "two pieces staged, bfloat16": {
+        "head_dim": 64, "dtype": BF16, "tokens": 3 * FOLD, "launch": Launch(staged=2),
     },  # fmt: skip
-    "values and sums asked for ahead, long window, sinks 3": {
-        "window": 40, "prompt": 20, "sinks": 3, "batch": 1, "launch": Launch(ahead=True),
-    },  # fmt: skip
+    "sinks 3, a short prompt": {"window": 40, "prompt": 20, "sinks": 3, "batch": 1, "launch": Launch()},
     "head and map dim 8": {
         "head_dim": 8, "map_dim": 8, "groups": 2, "batch": 3, "window": 16, "sinks": 2, "decay": True, "pad": 9,
         "prompt": 21, "dtype": BF16,
@@ -292,6 +290,25 @@ def test_tokens_not_mapped_yet(case, dtype):
     state, how = prefilled(inputs, options, valid, 12), dict(scaling=options["scaling"], launch=Launch())
     got = torch.cat([decode_mapped(*step, state, **how) for step in steps], 2)
     assert relative(got, expected[:, :, 12:]) < (1e-5 if dtype == FLOAT else 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("moved", ["q", "k", "v", "q_far", "k_far", "out"])
+def test_what_lies_in_no_whole_pieces(moved, dtype):
+    """Tensors one element further on, rows of an odd length: the same numbers, and nothing beside `out` is written."""
+    inputs, options, valid = make(batch=2, groups=2, dtype=dtype)
+    token, results = part(inputs, 12, 13), []
+    for odd in (False, True):
+        tensors = token | {"out": torch.full_like(token["q"], 7)}
+        home = torch.nn.functional.pad(tensors[moved], [1, 0], value=7)
+        if odd:
+            tensors[moved] = home[..., 1:]
+        state = prefilled(inputs, options, valid, 12)
+        names = ("q", "k", "v", "q_far", "k_far", "gate")
+        launch_decode(*(tensors[n] for n in names), state, options["scaling"], None, tensors["out"], Launch())
+        assert (home[..., 0] == 7).all()
+        results.append(tensors["out"].clone())
+    assert torch.equal(*results)
 
 
 GPU_CASES = {

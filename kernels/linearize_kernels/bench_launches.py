@@ -16,10 +16,9 @@ from .decode import DecodeState
 
 # threads, blocks a multiprocessor, staged, unroll
 MANY = [
-    Launch(256, 4, 8), Launch(256, 4, 10), Launch(256, 3, 10), Launch(256, 3, 14), Launch(256, 2, 20),
-    Launch(256, 4, 0, 5), Launch(256, 4, 6, 5), Launch(256, 5, 6), Launch(128, 8, 10), Launch(128, 8, 12),
-    Launch(128, 6, 16), Launch(128, 4, 20), Launch(512, 2, 5), Launch(512, 1, 10),
-    *(Launch(256, blocks, staged, ahead=True) for blocks, staged in ((4, 8), (4, 4), (4, 11), (3, 14), (5, 6))),
+    Launch(256, 4, 6), Launch(256, 4, 8, 4), Launch(256, 4, 9, 4), Launch(256, 4, 11, 4), Launch(256, 3, 10, 4),
+    Launch(256, 3, 14, 4), Launch(256, 2, 20, 4), Launch(256, 4, 0, 5), Launch(256, 5, 6, 4), Launch(128, 8, 8, 4),
+    Launch(128, 6, 16, 4), Launch(512, 2, 5, 4),
 ]  # fmt: skip
 FEW = [Launch(threads, 1, staged, 4, eager) for threads in (128, 256, 512) for staged in (0, 3, 8) for eager in (0, 1)]
 

@@ -20,14 +20,13 @@ EAGER_VALUES = 8  # rows of values that a thread may hold before it knows which 
 
 
 class Launch(NamedTuple):
-    """How a block does its work, as decode.cu says; found on an H100 (kernels/README.md)."""
+    """How a block does its work, as decode.cu says; found on an H100 and an H200 (kernels/README.md)."""
 
     threads: int = 256
     blocks: int = 4  # a multiprocessor, at least: what registers of a thread are limited to
     staged: int = 8  # pieces of the sum that a thread asks for at once
-    unroll: int = 4  # and then so many
+    unroll: int = 3  # and then so many
     eager: bool = False
-    ahead: bool = False  # ask the L2 cache at once for what comes later; bench_launches tries it, nothing takes it yet
 
 
 def why_not(state: DecodeState, *, heads: int) -> str:
@@ -61,7 +60,7 @@ def choose_launch(state: DecodeState, *, heads: int) -> Launch:
         return Launch(threads, 1, min(pieces, 16), 4, rows <= EAGER_VALUES)
     group = heads // state.keys.shape[1]
     blocks, staged = (4, 8) if group <= 4 else (3, 10) if group <= 8 else (2, 10)
-    return Launch(threads, blocks, min(pieces, staged), 4, False)
+    return Launch(threads, blocks, min(pieces, staged))
 
 
 def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch=None, *, early=False):
@@ -71,7 +70,14 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
     that does.
     """
     heads, groups, splits = q.shape[1], k.shape[1], state.position.shape[2]
-    q, k, v, q_far, k_far = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, q_far, k_far))
+    q_far, k_far = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_far, k_far))
+    q, k, v = (x if _in_pieces(x, n) else x.clone(memory_format=torch.contiguous_format)
+               for x, n in ((q, 16 // q.itemsize), (k, 16 // k.itemsize), (v, 4)))  # fmt: skip
+    if not _in_pieces(out, 4):
+        dense = torch.empty_like(out, memory_format=torch.contiguous_format)
+        kernel = launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, dense, launch, early=early)
+        out.copy_(dense)
+        return kernel
     assert q.shape[2] == 1 and q.dtype == k.dtype == v.dtype == state.keys.dtype, "one token, of the state's dtype"
     assert k.shape[-1] == state.keys.shape[-1] and v.shape[-1] == state.values.shape[-1], "as wide as the state's"
     assert out.shape == (*q.shape[:-1], v.shape[-1]) and out.stride(-1) == 1, "out: [B, H, 1, V], dense at the end"
@@ -94,6 +100,12 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
     return kernel
 
 
+def _in_pieces(x, size: int) -> bool:
+    """Whether x, [B, heads, 1, N], can be read in pieces of `size` elements."""
+    strides = (stride for length, stride in zip(x.shape[:2], x.stride()[:2], strict=True) if length > 1)
+    return x.stride(-1) == 1 and x.data_ptr() % (size * x.itemsize) == 0 and all(s % size == 0 for s in strides)
+
+
 def _columns(state: DecodeState) -> int:
     """Value columns of a block: a multiple of 4."""
     return -(-state.values.shape[-1] // (4 * state.position.shape[2])) * 4
@@ -111,7 +123,7 @@ def _compile_options(launch: Launch, dtypes, sizes, columns: int, decay: bool, e
         **dict(zip(numbers, sizes, strict=True)), "ELEMENT_BYTES": dtypes[0].itemsize,
         **dict(FOLD=FOLD, DECAY=int(decay), COLUMNS=columns, THREADS=launch.threads, BLOCKS=launch.blocks),
         **dict(STAGED=min(launch.staged, -(-features // parts)), UNROLL=launch.unroll, EAGER=int(launch.eager)),
-        **dict(AHEAD=int(launch.ahead), EARLY=int(early)),
+        "EARLY": int(early),
     }
     staged = defines["STAGED"] * launch.threads * 4 * dtypes[1].itemsize
     added = parts * sizes[0] * columns * 4
@@ -123,8 +135,8 @@ def _compile_options(launch: Launch, dtypes, sizes, columns: int, decay: bool, e
 
 def _static_bytes(state: DecodeState, group: int) -> int:
     """Of decode.cu's static shared memory, at most."""
-    rows, features, map_dim = state.keys.shape[2] + 1, state.total.shape[2], state.ring_far.shape[-1]
-    padded = 1 << (group - 1).bit_length()
-    row = state.keys.element_size() << (state.keys.shape[-1] - 1).bit_length()
-    inputs = (group + 1) * row + 4 * _columns(state) + (group * (map_dim + 1) + FOLD * map_dim) * 4
-    return inputs + (features + rows) * padded * 4 + features * 4 + padded * 4 + rows + 1024
+    size, map_dim, features = state.keys.element_size(), state.ring_far.shape[-1], state.total.shape[2]
+    rows = state.keys.shape[2] + 16 // size * (-(-Launch().threads // (_columns(state) // 4)))  # of scores, padded
+    heads, row = 1 << (group - 1).bit_length(), size << (state.keys.shape[-1] - 1).bit_length()
+    inputs = (group + 1) * row + 4 * _columns(state) + (group * (map_dim + 5) + FOLD * map_dim) * 4
+    return inputs + (features + rows) * heads * 4 + features * 4 + heads * 4 + rows + 1024

@@ -26,13 +26,14 @@ struct Keys {
 
     __device__ __forceinline__ void load(const ELEMENT* keys, int block, Place place) {
 #pragma unroll
-        for (int half = 0; half < 2; half++)
+        for (int half = 0; half < 2; half++) {
+            const int r = row(block, half), c = threadIdx.x % 4 * 8;
+            const uint4* at = reinterpret_cast<const uint4*>(keys + r * HEAD_DIM + c);
+            const bool wanted = (EAGER || place.wants(r)) && r < ROWS;
 #pragma unroll
-            for (int i = 0; i < PIECES; i++) {
-                const int r = row(block, half), c = 32 * i + threadIdx.x % 4 * 8;
-                const bool wanted = (EAGER || place.wants(r)) && r < ROWS && c < HEAD_DIM;
-                raw[half][i] = wanted ? __ldcg(reinterpret_cast<const uint4*>(keys + r * HEAD_DIM + c)) : make_uint4(0, 0, 0, 0);
-            }
+            for (int i = 0; i < PIECES; i++)
+                raw[half][i] = wanted && 32 * i + c < HEAD_DIM ? load_once(at + 4 * i) : make_uint4(0, 0, 0, 0);
+        }
     }
 
     __device__ __forceinline__ void score(const Inputs& in, const signed char* sort, float (*scores)[PAD], int block,
@@ -52,7 +53,8 @@ struct Keys {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int r = row(block, i / 2), h = head + 2 * t + i % 2;
-                if (h < HEADS && r < ROWS && sort[r] != FAR) scores[r][h] = sort[r] == EXACT ? c[i] * scale : NEVER;
+                const signed char kind = sort[r];
+                if (h < HEADS && r < ROWS && kind != FAR) scores[r][h] = kind == EXACT ? c[i] * scale : NEVER;
             }
         }
     }
@@ -76,7 +78,7 @@ struct Keys {
         for (int i = 0; i < EACH; i++) {
             const int r = row(block, i);
             const bool wanted = (EAGER || place.wants(r)) && r < ROWS && c < HEAD_DIM;
-            raw[i] = wanted ? __ldcg(reinterpret_cast<const float4*>(keys + r * HEAD_DIM + c)) : make_float4(0, 0, 0, 0);
+            raw[i] = wanted ? load_once(reinterpret_cast<const float4*>(keys + r * HEAD_DIM + c)) : make_float4(0, 0, 0, 0);
         }
     }
 

@@ -34,15 +34,25 @@ template <class T> __device__ __forceinline__ void copy_piece(T* to, const T* fr
     }
 }
 
-// Asks for `bytes` of global memory to come into the L2 cache, whole pieces of 16; nothing waits for them. A no-op
-// before Hopper.
-__device__ __forceinline__ void fetch_to_l2(const void* from, int bytes) {
+// Reads of what is not needed again soon, which leave the L2 cache first.
+template <class T> __device__ __forceinline__ T load_once(const T* from) {
 #ifdef CUDA_ON_CPU
-    if (uintptr_t(from) % 16 || bytes % 16) emulator::fail("%d bytes at %p: no whole pieces of 16", bytes, from);
-#elif __CUDA_ARCH__ >= 900
-    if (bytes > 0)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes));
+    return *from;
+#else
+    return __ldcs(from);
 #endif
+}
+template <class T> __device__ __forceinline__ void copy_piece_once(T* to, const T* from) {
+#ifndef CUDA_ON_CPU
+    if constexpr (sizeof(T) == 16) {
+        const unsigned at = shared_address(reinterpret_cast<const unsigned char*>(to));
+        unsigned long long policy;
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "l"(policy) : "memory");
+        return;
+    }
+#endif
+    copy_piece(to, from);
 }
 
 // N sums over OVER lanes at once; lane l gets number l / (OVER / N).
