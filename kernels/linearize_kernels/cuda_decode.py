@@ -15,6 +15,7 @@ from .feature_maps import Taylor
 
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
 MAX_STATIC = 48 << 10  # bytes of shared memory that a kernel may declare
+THREE_EACH = 396  # blocks: as many as three a multiprocessor of a large GPU
 FEWEST_BLOCKS = 1  # below so many "auto" takes Triton
 EAGER_VALUES = 8  # rows of values that a thread may hold before it knows which it needs
 
@@ -59,8 +60,9 @@ def choose_launch(state: DecodeState, *, heads: int) -> Launch:
     if few:
         return Launch(threads, 1, min(pieces, 16), 4, rows <= EAGER_VALUES)
     group = heads // state.keys.shape[1]
-    blocks, staged = (4, 8) if group <= 4 else (3, 10) if group <= 8 else (2, 10)
-    return Launch(threads, blocks, min(pieces, staged))
+    if group <= 4 and state.position.numel() > THREE_EACH:
+        return Launch(threads, 4, min(pieces, 8))
+    return Launch(threads, 3 if group <= 8 else 2, min(pieces, 10), 4)
 
 
 def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, launch=None, *, early=False):

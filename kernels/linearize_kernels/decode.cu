@@ -50,6 +50,7 @@ __device__ __forceinline__ float expand(const float* x, int feature) {
 #include "decode_inputs.cuh"
 #include "decode_fold.cuh"
 #include "decode_keys.cuh"
+#include "decode_scores.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
     const ELEMENT* q, const ELEMENT* k, const ELEMENT* v, const Q_FAR* q_far, const K_FAR* k_far, const GATE* gate,
@@ -62,8 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
     __shared__ __align__(16) float scores[PADDED][PAD];  // then weights; row ROWS is the new token, and no others count
     __shared__ float norms[FEATURES], far_factor[PAD];
     __shared__ signed char sort[SORTS];
-    const int t = threadIdx.x, warp = t / 32, lane = t % 32;
-    const int split = blockIdx.x, g = blockIdx.y;
+    const int t = threadIdx.x, split = blockIdx.x, g = blockIdx.y;
     const size_t b = blockIdx.z, bg = b * gridDim.y + g;
     const size_t own = bg * gridDim.x + split;  // this block's counter and normaliser
     const int part = t / LANES, column = split * COLUMNS + t % LANES * 4;
@@ -130,81 +130,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
         for (int i = t + THREADS; i < Token::END; i += THREADS) token.put(in, i, token.get(i));
     __syncthreads();
 
-    // Features of the queries, and all scores.
-    for (int f = t; f < FEATURES; f += THREADS) {
-        const int i = f < PAIRS ? f % MAP_DIM : f - PAIRS, next = i + f / MAP_DIM;  // of two factors; a 1 is at MAP_DIM
-        const int j = f >= PAIRS ? MAP_DIM : next < MAP_DIM ? next : next - MAP_DIM;
-        float x[PAD];
-#pragma unroll
-        for (int h = 0; h < PAD; h++) x[h] = h < HEADS ? in.far[h][i] * in.far[h][j] : 0.f;
-        put_row(features[f], x);
-    }
+    put_features(in, features);
     some.score(in, sort, scores, 0, scale);
 #pragma unroll 1
     for (int block = 1; block * Keys::AT_ONCE < ROWS; block++) {
         some.load(keys, block, place);
         some.score(in, sort, scores, block, scale);
     }
-    for (int i = t; i < (FOLD - 1) * HEADS; i += THREADS) {  // T(x) of what the window has left, and is not folded
-        const int age = WINDOW + i / HEADS, h = i % HEADS, slot = new_slot - age + (new_slot < age ? RING : 0);
-        if (sort[SINKS + slot] != FAR) continue;
-        float x = 0;
-#pragma unroll
-        for (int c = 0; c < MAP_DIM / 4; c++) {
-            const float4 far = in.old_far[i / HEADS][c];
-            const float* query = &in.far[h][4 * c];
-            x += far.x * query[0] + far.y * query[1] + far.z * query[2] + far.w * query[3];
-        }
-        scores[SINKS + slot][h] = in.gate[h] + log2_fast(0.5f * (1.f + x) * (1.f + x) + 0.5f) + rate * age;
-    }
-    for (int h = warp; h < HEADS; h += WARPS) {
-        float x = 0;
-#pragma unroll
-        for (int c = lane; c < HEAD_DIM; c += 32) x += to_float(in.queries[h][c]) * to_float(in.key[c]);
-        x = warp_sum(x);
-        if (lane == 0) scores[ROWS][h] = x * scale;
-    }
+    score_unfolded(in, sort, scores, new_slot, rate);
+    score_new(in, scores, scale);
     __syncthreads();
 
-    // The token enters the ring, and the sinks where the text is that short.
-    for (int i = 0; i < (length < SINKS ? 2 : 1); i++) {
-        const int row = i ? length : SINKS + new_slot;
-        if (warp == 0)
-            for (int c = 4 * lane; c < COLUMNS && split * COLUMNS + c < VALUE_DIM; c += 128)
-                copy4(values + row * VALUE_DIM + split * COLUMNS + c, in.value + c);
-        if (warp == 1 && split == 0)
-            for (int c = 4 * lane; c < HEAD_DIM; c += 128) copy4(keys + row * HEAD_DIM + c, in.key + c);
-    }
-    if (warp == 2 && split == 0) {
-        for (int i = lane; i < MAP_DIM; i += 32) ring_far[new_slot * MAP_DIM + i] = from_float<RING_FAR>(in.new_far[i]);
-        if (lane == 0) ring_kind[new_slot] = length < SINKS ? 2 : 1;
-    }
-
-    // One softmax in base 2 a head; the sum joins it with the gate for a score. Other warps go on to the sum.
-#pragma unroll 1
-    for (int h = WARPS - 1 - warp; h < PAD; h += WARPS) {
-        constexpr int EACH = (PADDED + 31) / 32;
-        float score[EACH], top = norms[FEATURES - 1] > 0 && h < HEADS ? in.gate[h] : NEVER, denominator = 0, far = 0;
-        if (DECAY) top += rate * (age_limit - WINDOW + 1);
-        const float sum_score = top;
-        if (h < HEADS) {
-#pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                score[i] = lane + 32 * i <= ROWS ? scores[lane + 32 * i][h] : NEVER;
-                top = fmaxf(top, score[i]);
-            }
-            top = warp_max(top);  // the token sees itself, so it is finite
-            for (int f = lane; f < FEATURES; f += 32) far += features[f][h] * norms[f];
-            far *= exp2_fast(sum_score - top);
-#pragma unroll
-            for (int i = 0; i < EACH; i++) denominator += score[i] = exp2_fast(score[i] - top);
-            denominator = __fdividef(1.f, warp_sum(denominator + far));
-        }
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-            if (lane + 32 * i < PADDED) scores[lane + 32 * i][h] = h < HEADS ? score[i] * denominator : 0.f;
-        if (lane == 0) far_factor[h] = h < HEADS ? exp2_fast(sum_score - top) * denominator : 0.f;
-    }
+    enter(in, length, new_slot, split, keys, values, ring_far, ring_kind);
+    softmax(in, features, norms, scores, far_factor, DECAY ? rate * (age_limit - WINDOW + 1) : 0.f);
 
     float4 acc[PAD];
 #pragma unroll

@@ -1,6 +1,7 @@
 // Part of decode.cu: how a block brings things to shared memory. `Fetch` brings what the state holds, `Token` what the new
 // token gives, a piece a thread: 16 bytes of a query or the key, 4 elements of the value, one number of the mapped ones
-// and of the gates. Of both, what is asked for stays in registers until it is put, so that all is asked for at first.
+// and of the gates. Of both, what is asked for stays in registers until it is put, so that all is asked for at first. And
+// how the token enters the state.
 #pragma once
 
 constexpr int DIM = ELEMENT_BYTES == 2 ? (HEAD_DIM + 31) / 32 * 32 : 4 * power(HEAD_DIM / 4);  // padded for `Keys`
@@ -86,3 +87,21 @@ struct Token {  // at the first query head of a kv head; the value at the block'
         else if (i < END) in.gate[i - GATES] = __uint_as_float(x.x), in.far[i - GATES][MAP_DIM] = 1;
     }
 };
+
+// The token enters the ring, and the sinks where the text is that short: value, key and the rest by a warp each.
+__device__ __forceinline__ void enter(const Inputs& in, int length, int new_slot, int split, ELEMENT* keys, ELEMENT* values,
+                                      RING_FAR* ring_far, signed char* ring_kind) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int i = 0; i < (length < SINKS ? 2 : 1); i++) {
+        const int row = i ? length : SINKS + new_slot;
+        if (warp == 0)
+            for (int c = 4 * lane; c < COLUMNS && split * COLUMNS + c < VALUE_DIM; c += 128)
+                copy4(values + row * VALUE_DIM + split * COLUMNS + c, in.value + c);
+        if (warp == 1 && split == 0)
+            for (int c = 4 * lane; c < HEAD_DIM; c += 128) copy4(keys + row * HEAD_DIM + c, in.key + c);
+    }
+    if (warp == 2 && split == 0) {
+        for (int i = lane; i < MAP_DIM; i += 32) ring_far[new_slot * MAP_DIM + i] = from_float<RING_FAR>(in.new_far[i]);
+        if (lane == 0) ring_kind[new_slot] = length < SINKS ? 2 : 1;
+    }
+}
