@@ -26,7 +26,8 @@ examples:
   linearize rank-layers my.yaml
   linearize rank-layers my.yaml --set attention.keep_softmax.unit=kv_head --set attention.keep_softmax.count=12
   linearize rank-layers my.yaml --set attention.keep_softmax.by=recall_then_kl
-calibrates and matches as `convert` would, resuming what is there, and `convert` then goes on from it
+calibrates and matches as `convert` would, resuming what is there, and `convert` then goes on from it, with
+attention.keep_softmax.count set; OUT.ranking/ gets ranking.json, ranking.png and recipe.yaml, which names the choice
 """
 
 SWEEP_EPILOG = """\

@@ -22,7 +22,7 @@ from .errors import LinearizeError, RecipeError, TrainingError
 from .export import check_free, export
 from .finetune import FinetuneStage, add_lora, projection_names
 from .fused_norms import fused_norms
-from .kept_softmax import evenly_spaced, heads_by_layer, units_of, written_down
+from .kept_softmax import evenly_spaced, heads_by_layer, units_of, with_choice
 from .lengths import length_problems, rows_a_forward
 from .loading import load_teacher, pick_device
 from .match import MatchStage
@@ -37,6 +37,7 @@ from .train import train
 from .trained_weights import TrainedWeights
 from .work_folder import open_work
 
+RECIPE_FILE = "recipe.yaml"
 REPORT_FILES = ("report.json", "report.png")
 RANK_ROWS = 8  # of held-out text, on which a choice of layers is made
 WAIT = timedelta(days=7)  # the other processes wait while the main one tokenises, measures and writes
@@ -209,7 +210,7 @@ class _Run:
 
     def choose(self) -> None:
         """Gives what the recipe asks to be chosen its softmax back, and names it in the recipe that goes on."""
-        keep, attention = self.recipe.attention.keep_softmax, self.recipe.attention
+        keep = self.recipe.attention.keep_softmax
         if not keep.count:
             return
         if keep.by == "even":
@@ -217,8 +218,7 @@ class _Run:
         else:
             chosen = self._ranked(keep)
         keep_softmax_(self.model, heads_by_layer(chosen))
-        named = written_down(keep, chosen)
-        self.recipe = replace(self.recipe, attention=replace(attention, keep_softmax=named))
+        self.recipe = with_choice(self.recipe, chosen)
         self.log.write(stage="choose", by=keep.by, unit=keep.unit, kept=[[u.layer, u.head] for u in chosen])
         self.log.say(f"kept in softmax, by {keep.by}: {keep.unit.replace('_', ' ')}s {', '.join(map(str, chosen))}")
 
@@ -234,8 +234,8 @@ class _Run:
         return chosen_units(load_ranking(path), self.model, keep.count)
 
     def rank(self, folder: Path) -> None:
-        """Ranks all units, from none kept to all, and shows, draws and saves it."""
-        from linearize_eval.ranking import RANKING_FILE, save_ranking
+        """Ranks all units, from none kept to all; shows, draws and saves that, and a recipe that names the choice."""
+        from linearize_eval.ranking import RANKING_FILE, chosen_units, save_ranking
         from linearize_eval.ranking_report import CHART_FILE, draw_ranking, print_ranking, recipe_lines
 
         keep = self.recipe.attention.keep_softmax
@@ -245,8 +245,13 @@ class _Run:
         save_ranking(ranking, folder / RANKING_FILE)
         draw_ranking(ranking, folder / CHART_FILE)
         print_ranking(ranking)
+        named = with_choice(self.recipe, chosen_units(ranking, self.model, count))
+        target = str(folder.with_name(self.recipe.output_folder.name + "-kept"))  # the work folder is of this recipe
+        named = replace(named, output=replace(named.output, folder=target))
+        (folder / RECIPE_FILE).write_text(to_yaml(named), encoding="utf-8")
         self.log.say(f"written: {folder / RANKING_FILE} and {folder / CHART_FILE}; for the recipe:")
-        self.log.say(recipe_lines(ranking, count))
+        self.log.say(recipe_lines(ranking, count, keep))
+        self.log.say(f"or: linearize convert {folder / RECIPE_FILE}, which names them and writes {target}")
 
     def _rank(self, keep, count: int, *, whole: bool = False) -> dict:
         """The ranking, on the end of the held-out text (the report card reads its start), saved in the work folder."""
@@ -333,7 +338,7 @@ class _Run:
         if hasattr(self.model, "merge_and_unload"):
             self.model = _merge(self.model)
         files: dict[str, str | Path] = {
-            "recipe.yaml": to_yaml(self.recipe),
+            RECIPE_FILE: to_yaml(self.recipe),
             "README.md": model_card(
                 self.recipe, self.results, report_markdown(report) if report else None, window=self.window,
                 map_dim=self.map_dim,

@@ -56,3 +56,9 @@ def written_down(keep, units: Iterable[Unit]):
     pairs = [*map(tuple, keep.heads), *((u.layer, u.head) for u in units if u.head is not None)]
     heads = [list(pair) for pair in sorted(pairs) if pair[0] not in layers]
     return replace(keep, layers=layers, heads=heads, count=0)
+
+
+def with_choice(recipe, units: Iterable[Unit]):
+    """The recipe with the chosen units named, and nothing left to choose."""
+    keep = written_down(recipe.attention.keep_softmax, units)
+    return replace(recipe, attention=replace(recipe.attention, keep_softmax=keep))

@@ -7,12 +7,9 @@ work. What a kill leaves behind is all that was written; after a loss of power i
 every SYNC_EVERY seconds.
 """
 
-import errno
-import fcntl
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -20,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import DataError
+from .file_lock import lock
 from .whole_folder import check_folder_of, write_json
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 SYNC_EVERY = 1.0  # seconds; a wait for the disk after each row would cost more than a short answer
 
 
@@ -120,7 +117,8 @@ class Output:
             mine = self.parts / f"good-{rank}.jsonl", self.parts / f"bad-{rank}.jsonl"
         # half a character of a row has no UTF-8: it becomes an escape, the one by which JSON knows it
         self._good, self._bad = (path.open("a", encoding="utf-8", errors="backslashreplace") for path in mine)
-        _lock(self._good)  # before anything is read
+        why = "another process is writing there, and both would answer every row. Wait for it, or end it."
+        lock(self._good, DataError(f"{self._good.name}: {why}"))  # before anything is read
         good, bad = ([row for row, *_ in _whole_lines(path)] for path in (self.target, self.errors))
         self.start = len(good) + len(bad)
         if sorted(good + bad) != list(range(self.start)) or sorted(good) != good:
@@ -208,21 +206,6 @@ class Output:
 
     def _part_files(self) -> list[Path]:
         return sorted(self.parts.glob("*.jsonl"))
-
-
-def _lock(file) -> None:
-    """Holds a file until it is closed or this process ends, however. Raises DataError where another process does."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DataError(
-            f"{file.name}: another process is writing there, and both would answer every row. Wait for it, or end it."
-        ) from error
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        print(f"warning: {file.name}: its file system has no locks ({error}), so nothing keeps another process from "
-              "answering the same rows", file=sys.stderr)  # fmt: skip
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[int, int, int]]:

@@ -1,6 +1,7 @@
 """`linearize process` killed by SIGKILL while it works, alone and as two processes: no row lost, none twice."""
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -155,7 +156,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(refuse.errno, "no locks")
 
-    monkeypatch.setattr(process_files.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     refuse.errno = errno.ENOSYS
     Output(tmp_path / "out.jsonl").close()
     assert "has no locks" in capsys.readouterr().err

@@ -306,6 +306,11 @@ def test_rank_layers_then_convert_goes_on(paths, tmp_path, capsys):
     chain = [layer for layer, _ in result["chain"]]
     assert f"keep_softmax: {{layers: {sorted(chain)}}}" in said
 
+    assert cli.main(["convert", str(folder / "recipe.yaml"), "--set", "evaluate.sequences=0"]) == 0
+    config = json.loads((tmp_path / "a" / "out-kept" / "config.json").read_text())
+    assert config["linear_attention"]["layers"] == [i for i in range(3) if i not in chain]
+    capsys.readouterr()
+
     assert cli.main(["convert", str(recipe), "--set", "attention.keep_softmax.count=1"]) == 0
     said = capsys.readouterr().out
     assert "match: done before" in said and f"layers {chain[0]}" in said

@@ -10,7 +10,7 @@ from test_ranking import base_model
 
 from linearize.architecture import keep_softmax_, linearize_
 from linearize.kept_softmax import heads_by_layer
-from linearize.recipe import load_recipe
+from linearize.recipe import KeepSoftmaxSettings, load_recipe
 from linearize_eval.ranking import chosen_units, load_ranking, save_ranking
 from linearize_eval.ranking_report import recipe_lines
 
@@ -26,7 +26,7 @@ def test_a_ranking_is_reused_by_the_names_it_writes(unit, tmp_path):
 
     key, named = ("heads", ranking["chain"]) if unit == "kv_head" else ("layers", [i for i, _ in ranking["chain"]])
     as_saved = load_recipe("quickstart", [f"attention.keep_softmax.{key}={json.dumps(named)}"])
-    counted, by_name = recipe_lines(ranking, len(chain)).split("# or, by name: ")
+    counted, by_name = recipe_lines(ranking, len(chain), KeepSoftmaxSettings()).split("# or, by name: ")
     printed = []
     for lines in (counted, "attention:\n  " + by_name):
         (tmp_path / "recipe.yaml").write_text("model: {id: a/b}\ndata: {source: x.txt}\n" + lines)
@@ -38,3 +38,13 @@ def test_a_ranking_is_reused_by_the_names_it_writes(unit, tmp_path):
         specs = [m.config.linear_attention for m in (model, other)]
         assert [(s["layers"], s["kept_heads"]) for s in specs] == [(specs[0]["layers"], specs[0]["kept_heads"])] * 2
         assert len(specs[0]["layers"]) == (3 if unit == "kv_head" else 2)
+
+
+def test_what_a_recipe_keeps_already_stays_in_what_it_is_told_to_write():
+    ranking = {"unit": "kv_head", "by": "kl", "chain": [[2, 1], [0, 1], [2, 0]]}
+    keep = KeepSoftmaxSettings(layers=[1], heads=[[0, 0]], count=2, by="kl", unit="kv_head")
+    counted, by_name = recipe_lines(ranking, 2, keep).split("\n  # or, by name: ")
+    assert "{layers: [1], heads: [[0, 0]], count: 2, by: kl, unit: kv_head}   # chooses [[0, 1], [2, 1]]" in counted
+    assert by_name == "keep_softmax: {layers: [1], heads: [[0, 0], [0, 1], [2, 1]]}"
+    whole = {"unit": "layer", "by": "kl", "chain": [[0, None], [2, None]]}
+    assert recipe_lines(whole, 1, keep).endswith("# or, by name: keep_softmax: {layers: [0, 1]}")

@@ -224,6 +224,22 @@ def test_a_failed_variant_is_reported_and_the_others_go_on(tmp_path, inputs, cap
     ]  # fmt: skip
 
 
+def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path, inputs, monkeypatch):
+    recipe, seen = str(save_recipe(tmp_path, *inputs, **TINY)), []
+
+    def meanwhile(variant, **_):
+        with pytest.raises(LinearizeError, match="another sweep is running there"):
+            sweep(recipe, grid=GRID[1:])
+        seen.append(variant.output_folder.name)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(sweep_module, "convert", meanwhile)
+    for _ in range(2):  # the lock is gone with the sweep that held it
+        with pytest.raises(LinearizeError, match="1 of 1 variants failed"):
+            sweep(recipe, grid=["match.lr=1e-3"])
+    assert seen == ["match.lr=0.001"] * 2
+
+
 def test_running_out_of_memory_is_a_failure_of_one_variant(tmp_path, inputs, monkeypatch):
     def too_large(recipe, **options):
         raise RuntimeError("out of memory")

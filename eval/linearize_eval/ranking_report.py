@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from linearize.kept_softmax import Unit, written_down
+from linearize.recipe import KeepSoftmaxSettings
 from linearize_eval.chart import STYLES
 from linearize_eval.perplexity import position_label
 from linearize_eval.ranking import HALVES
@@ -37,15 +39,25 @@ def unit_name(ranking: dict) -> str:
     return ranking["unit"].replace("_", " ")
 
 
-def recipe_lines(ranking: dict, count: int) -> str:
-    """What to write into a recipe to keep the first `count` units of the chain."""
+def recipe_lines(ranking: dict, count: int, keep: KeepSoftmaxSettings) -> str:
+    """What to write into a recipe to keep the first `count` units of the chain beside what it keeps by name, `keep`."""
     chain = ranking["chain"][:count]
-    named = sorted(pair[0] for pair in chain) if ranking["unit"] == "layer" else sorted(chain)
-    key = "layers" if ranking["unit"] == "layer" else "heads"
+    chosen = sorted(pair[0] for pair in chain) if ranking["unit"] == "layer" else sorted(chain)
+    named = written_down(keep, [Unit(layer, head, ()) for layer, head in chain])
+    choose = {**_names_in(keep), "count": count, "by": ranking["by"], "unit": ranking["unit"]}
     return (
-        f"attention:\n  keep_softmax: {{count: {count}, by: {ranking['by']}, unit: {ranking['unit']}}}"
-        f"   # chooses {named}\n  # or, by name: keep_softmax: {{{key}: {named}}}"
+        f"attention:\n  keep_softmax: {_flow(choose)}   # chooses {chosen}\n"
+        f"  # or, by name: keep_softmax: {_flow(_names_in(named))}"
     )
+
+
+def _names_in(keep: KeepSoftmaxSettings) -> dict:
+    return {name: value for name in ("layers", "heads") if (value := getattr(keep, name))}
+
+
+def _flow(settings: dict) -> str:
+    """A YAML mapping on one line."""
+    return "{" + ", ".join(f"{name}: {value}" for name, value in settings.items()) + "}"
 
 
 def _table(ranking: dict, title: str, rows) -> Table:

@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 
 from linearize.convert import SharedTokens, convert, sequences_needed
 from linearize.errors import LinearizeError, RecipeError, TrainingError
+from linearize.file_lock import lock
 from linearize.recipe import Recipe, load_recipe
 from linearize.whole_folder import write_json
 from linearize.work_folder import settings_of
@@ -27,7 +29,7 @@ from linearize_eval.report import load_report
 from linearize_eval.sweep_results import figures_of, show_results, value_of, write_results
 
 KEPT = {"report.json", "report.png", "recipe.yaml", "log.jsonl", "ranking.json"}  # where models are not
-BASE_FILE = "sweep.json"
+BASE_FILE, LOCK_FILE = "sweep.json", ".lock"
 
 
 @dataclass(frozen=True)
@@ -44,29 +46,29 @@ def sweep(source: str, *, grid: Sequence[str], overrides: Sequence[str] = (), ke
 
     source, overrides: as for `load_recipe`. grid: `a.b=value,value` texts, the product of which is taken.
     Raises RecipeError, before anything is converted, where a variant's recipe is wrong, and LinearizeError in the end
-    where a variant failed; the others are converted all the same.
+    where a variant failed, the others are converted all the same, or where another sweep is running in the folder.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LinearizeError("sweep runs in one process; start it without accelerate launch or torchrun")
     base = load_recipe(source, overrides)
     folder = base.output_folder.with_name(base.output_folder.name + ".sweep")
     variants = plan_sweep(source, folder, grid=grid, overrides=overrides)
-    _open(folder, base)
-    shared = SharedTokens(folder / "tokens", max(sequences_needed(variant.recipe) for variant in variants))
-    for number, variant in enumerate(variants, 1):
-        print(f"\n[{number}/{len(variants)}] {variant.name}", flush=True)
-        if _read(folder / f"{variant.name}.json").get("figures"):
-            print("done before")
-        else:
-            _convert(variant, folder, shared, keep_models=keep_models)
-        write_results(folder, base, _records(folder, variants))
-    records = _records(folder, variants)
-    show_results(folder, base, records)
-    failed = {v.name: error for v in variants if (error := _read(folder / f"{v.name}.json").get("error"))}
-    if failed:
-        lines = [f"  {name}: {error}" for name, error in failed.items()]
-        raise LinearizeError("\n".join([f"{len(failed)} of {len(variants)} variants failed:", *lines]))
-    shutil.rmtree(shared.folder, ignore_errors=True)
+    with _alone_in(folder):
+        _open(folder, base)
+        shared = SharedTokens(folder / "tokens", max(sequences_needed(variant.recipe) for variant in variants))
+        for number, variant in enumerate(variants, 1):
+            print(f"\n[{number}/{len(variants)}] {variant.name}", flush=True)
+            if _read(folder / f"{variant.name}.json").get("figures"):
+                print("done before")
+            else:
+                _convert(variant, folder, shared, keep_models=keep_models)
+            write_results(folder, base, _records(folder, variants))
+        show_results(folder, base, _records(folder, variants))
+        failed = {v.name: error for v in variants if (error := _read(folder / f"{v.name}.json").get("error"))}
+        if failed:
+            lines = [f"  {name}: {error}" for name, error in failed.items()]
+            raise LinearizeError("\n".join([f"{len(failed)} of {len(variants)} variants failed:", *lines]))
+        shutil.rmtree(shared.folder, ignore_errors=True)
     return folder
 
 
@@ -130,8 +132,18 @@ def _split(text: str) -> list[str]:
     return parts
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps other sweeps out of it. Raises LinearizeError where one is running there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("w", encoding="utf-8") as file:
+        why = "another sweep is running there. Wait for it, end it, or set another output.folder."
+        lock(file, LinearizeError(f"{folder}: {why}"))
+        yield
+
+
 def _open(folder: Path, base: Recipe) -> None:
-    """Makes the folder, or checks that its variants come from the same recipe, the grid aside."""
+    """Writes down which recipe the folder is of, or checks that it is this one, the grid aside."""
     path, now = folder / BASE_FILE, json.loads(json.dumps(settings_of(base)))
     before = _read(path)
     changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
@@ -140,7 +152,6 @@ def _open(folder: Path, base: Recipe) -> None:
             f"{folder} holds a sweep with other settings of {', '.join(changed)}. Delete it, or set another "
             "output.folder."
         )
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(path, now, allow_nan=False)
 
 
