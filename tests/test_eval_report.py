@@ -152,6 +152,12 @@ def test_distances_that_do_not_fit_are_left_out_and_said():
         assert reason in printed(report, 300) and reason in report_markdown(report)
 
 
+def test_a_reason_that_is_the_same_of_each_distance_is_said_once():
+    report = measure(build_model(), recall_distances=[64, 100], key_recall_pairs=[99], key_recall_samples=1)
+    (reason,) = report["left_out"]
+    assert reason.startswith("key recall with 99 pairs")
+
+
 def test_several_numbers_of_pairs_are_asked_and_those_that_do_not_fit_are_said():
     report = measure(build_model(), recall_distances=[64], key_recall_pairs=[2, 3, 12], key_recall_samples=6)
     for variant in report["variants"]:
@@ -313,10 +319,12 @@ def test_better_only_far_or_only_overall_is_said(report):
     assert "beats it overall but NOT at positions >= 256" in verdicts(changed)[1].text
 
 
-def test_one_row_has_no_error_bar(report):
+def test_one_row_has_no_error_bar_and_judges_nothing(report):
     changed = with_far(report, converted=[2.0], far_term_off=[2.1], window_sinks=[2.2])
-    verdict = verdicts(changed)[0]
-    assert "+10.5 % (one row)" in verdict.text
+    far, baseline = verdicts(changed)
+    assert "+10.5 % (one row)" in far.text and "-18.1 % (one row)" in baseline.text
+    for verdict in (far, baseline):
+        assert verdict.kind == "open" and verdict.text.endswith("one row is too few to judge.")
 
 
 def test_rows_within_the_window_judge_nothing():

@@ -253,7 +253,8 @@ def _key_samples(tokenizer, rows, asked, settings, positions, left_out) -> dict[
         try:
             samples = build_key_samples(tokenizer, rows, distance=distance, num_pairs=num_pairs, **settings)
         except DataError as error:
-            left_out.append(str(error))
+            if str(error) not in left_out:  # the same of each distance
+                left_out.append(str(error))
             continue
         length = len(samples[0].input_ids)
         if length > positions:

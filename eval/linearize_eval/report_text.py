@@ -18,6 +18,7 @@ TEACHER, CONVERTED, FAR_OFF, WINDOW_SINKS = "teacher", "converted", "far term of
 # A difference counts when it exceeds this many standard errors over the rows.
 STANDARD_ERRORS = 2
 NOT_FINITE = "not finite"
+ONE_ROW = "one row is too few to judge"
 CHART_FILE = "report.png"
 
 
@@ -192,6 +193,8 @@ def _far_verdict(report: dict, converted: dict, far_off: dict) -> Verdict:
     if cost is None:
         return Verdict("bad", f"far term: {where} is {NOT_FINITE}; no judgement is possible.")
     text = f"far term switched off costs {cost.text} {where}"
+    if cost.sign is None:
+        return Verdict("open", f"{text}: {ONE_ROW}.")
     if cost.sign > 0:
         return Verdict("good", f"{text}: the far term helps.")
     if cost.sign < 0:
@@ -207,6 +210,8 @@ def _baseline_verdict(report: dict, converted: dict, baseline: dict) -> Verdict:
         return Verdict("bad", f"against {name}: perplexity is {NOT_FINITE}; no judgement is possible.")
     where = f"at positions >= {report['far_from']}"
     text = f"against {name}: perplexity {overall.text} overall, {far.text} {where}"
+    if overall.sign is None or far.sign is None:
+        return Verdict("open", f"{text}: {ONE_ROW}.")
     if overall.sign < 0 and far.sign < 0:
         return Verdict("good", f"{text}: the converted model beats it.")
     if far.sign < 0:
@@ -218,10 +223,10 @@ def _baseline_verdict(report: dict, converted: dict, baseline: dict) -> Verdict:
 
 @dataclass(frozen=True)
 class _Change:
-    """A change of perplexity in words, and its sign: 0 if it is within the noise."""
+    """A change of perplexity in words, and its sign: 0 if it is within the noise, None if that is not known."""
 
     text: str
-    sign: int
+    sign: int | None
 
 
 def _change(before: list[float | None], after: list[float | None]) -> _Change | None:
@@ -232,7 +237,7 @@ def _change(before: list[float | None], after: list[float | None]) -> _Change | 
     count = len(differences)
     mean = sum(differences) / count
     if count == 1:  # nothing to judge the noise by
-        return _Change(f"{100 * math.expm1(mean):+.1f} % (one row)", (mean > 0) - (mean < 0))
+        return _Change(f"{100 * math.expm1(mean):+.1f} % (one row)", None)
     error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (count - 1) / count)
     error_percent = 100 * math.exp(mean) * error
     decimals = 1 if error_percent >= 0.095 else 2  # so that an error is not 0.0
