@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 from matplotlib.axes import Axes
+from rich.console import Console
 from test_export import REPORT, SHORT, save_model, save_recipe, save_text, steps_of
 
 from linearize import cli, data
@@ -17,7 +18,7 @@ from linearize.recipe import load_recipe
 from linearize_eval import sweep as sweep_module
 from linearize_eval.report import load_report
 from linearize_eval.sweep import plan_sweep, sweep, variant_name
-from linearize_eval.sweep_results import draw_results, figures_of, frontier, label_of
+from linearize_eval.sweep_results import draw_results, figures_of, frontier, label_of, show_results
 
 TOKENS_GRID = ["match.tokens=384,768"]
 GRID = ["attention.feature_map.dim=2,4", "match.lr=1e-3,1e-2"]
@@ -104,6 +105,11 @@ def swept(tmp_path_factory, inputs):
     return result, recipe, tokenised, converted, before
 
 
+def test_weights_that_were_not_kept_are_said_to_be_missing(swept, capsys):
+    sweep(swept[1], grid=GRID, keep_models=True)
+    assert capsys.readouterr().out.count("done before without --keep-models: has no weights") == 4
+
+
 def test_an_interrupted_sweep_goes_on_and_tokenises_once(swept):
     folder, recipe, tokenised, converted, before = swept
     names = [f"attention.feature_map.dim={dim},match.lr={lr}" for dim in (2, 4) for lr in (0.001, 0.01)]
@@ -174,6 +180,17 @@ def test_more_distances_than_styles_are_all_drawn(tmp_path, monkeypatch):
     figures = {**copies, "state_bytes_4k": 5, "teacher": copies}
     assert draw_results([{"figures": figures, "grid": {}}], tmp_path / "a.png")
     assert [label for label in labels if label] == [f"copy at distance {n}" for n in range(9)]
+
+
+def test_a_distance_of_one_variant_alone_has_its_teacher(tmp_path, monkeypatch, capsys):
+    levels = []
+    monkeypatch.setattr(Axes, "axhline", lambda axes, y, **options: levels.append(y))
+    figures = [{"copy@12": 3.0, "state_bytes_4k": 5, "teacher": {"perplexity": 9.0, "copy@12": 1.5}},
+               {"copy@24": 4.0, "state_bytes_4k": 5, "teacher": {"perplexity": 9.1, "copy@24": 1.75}}]  # fmt: skip
+    records = [{"figures": f, "grid": {}, "minutes": 1, "error": None} for f in figures]
+    show_results(tmp_path, load_recipe("quickstart"), records, console=Console(width=200))
+    assert levels == [1.5, 1.75]
+    assert "perplexity 9.00, copy@24 1.75, copy@12 1.50." in capsys.readouterr().out
 
 
 def test_a_point_says_the_settings_and_how_long_lists_are():

@@ -59,7 +59,8 @@ def sweep(source: str, *, grid: Sequence[str], overrides: Sequence[str] = (), ke
         for number, variant in enumerate(variants, 1):
             print(f"\n[{number}/{len(variants)}] {variant.name}", flush=True)
             if _read(folder / f"{variant.name}.json").get("figures"):
-                print("done before")
+                kept = any(variant.recipe.output_folder.glob("*.safetensors"))
+                print("done before" if kept or not keep_models else "done before without --keep-models: has no weights")
             else:
                 _convert(variant, folder, shared, keep_models=keep_models)
             write_results(folder, base, _records(folder, variants))

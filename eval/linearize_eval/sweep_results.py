@@ -98,7 +98,7 @@ def show_results(folder: Path, base: Recipe, records: Sequence[dict], *, console
     print_rows(heading, cells, title="Sweep", console=console)
     done = [record for record in records if record["figures"]]
     if done:
-        teacher = done[0]["figures"]["teacher"]
+        teacher = _teacher_of(done)
         words = ", ".join(f"{k} {_cell(k, v)}" for k, v in teacher.items())
         console.print(Text(f"the teacher: {words}. Written: {folder / RESULTS_FILE}", style="dim"))
     if draw_results(records, folder / CHART_FILE):
@@ -138,7 +138,7 @@ def draw_results(records: Sequence[dict], path: Path) -> bool:
         best = frontier((state, value) for state, value, _ in points if value is not None)
         axes.plot(*zip(*best, strict=True), color=colour, linewidth=1, drawstyle="steps-post")
         axes.plot([], [], color=colour, marker=marker, label=name.replace("@", " at distance "))
-        teacher = done[0]["figures"]["teacher"].get(name)
+        teacher = _teacher_of(done).get(name)
         if teacher is not None:
             axes.axhline(teacher, color=colour, linestyle="--", linewidth=1)
     if states:
@@ -146,6 +146,11 @@ def draw_results(records: Sequence[dict], path: Path) -> bool:
         figure.legend(loc="outside lower left", ncols=4, frameon=False)
         figure.savefig(path)
     return bool(states)
+
+
+def _teacher_of(done: Sequence[dict]) -> dict:
+    """The teacher's figures, of the first variant that has each; one may have measured other distances."""
+    return {name: value for record in reversed(done) for name, value in record["figures"]["teacher"].items()}
 
 
 def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
