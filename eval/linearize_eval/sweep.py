@@ -45,8 +45,9 @@ def sweep(source: str, *, grid: Sequence[str], overrides: Sequence[str] = (), ke
     """Converts every variant that is not done yet, shows the results, and returns the folder that holds them.
 
     source, overrides: as for `load_recipe`. grid: `a.b=value,value` texts, the product of which is taken.
-    Raises RecipeError, before anything is converted, where a variant's recipe is wrong, and LinearizeError in the end
-    where a variant failed, the others are converted all the same, or where another sweep is running in the folder.
+    Raises RecipeError, before anything is converted, where a variant's recipe is wrong, LinearizeError where another
+    sweep is running in the folder, and LinearizeError in the end where a variant failed; the others are converted all
+    the same.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LinearizeError("sweep runs in one process; start it without accelerate launch or torchrun")
