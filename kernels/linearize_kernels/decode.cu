@@ -2,10 +2,11 @@
 // and the same state as decode_kernels.py, which says what the features and their order are.
 //
 // Defined by cuda_decode.py: the types ELEMENT (q, k, v and the ring; ELEMENT_BYTES), SUM, RING_FAR, Q_FAR, K_FAR, GATE, OUT; HEADS
-// (query heads a kv head), HEAD_DIM, VALUE_DIM, MAP_DIM, WINDOW, SINKS, FOLD, DECAY; COLUMNS (value columns of a
-// block), THREADS, BLOCKS (a multiprocessor, at least), STAGED, UNROLL, EAGER, EARLY.
+// (query heads a kv head), HEAD_DIM, VALUE_DIM, MAP_DIM, WINDOW, SINKS, FOLD, DECAY; SPLITS (blocks a kv head),
+// COLUMNS (value columns of a block), THREADS, BLOCKS (a multiprocessor, at least), STAGED, UNROLL, EAGER, EARLY.
 //
-// A block owns COLUMNS value columns of one kv head, with its own normaliser and token counter. A thread owns 4 columns
+// A block owns COLUMNS value columns of one kv head, with its own normaliser and token counter. The last blocks of a kv
+// head may own fewer or none (112 columns in 8 splits are 7 blocks of 16); they keep their counters all the same. A thread owns 4 columns
 // and every PARTS-th feature of the sum, and of the ring every PARTS-th value. The sum is most of what is read, and
 // nothing has to be known to ask for it: its first STAGED pieces a thread are on their way to shared memory, to be
 // read by the thread that asked for them, before anything else is done.
@@ -17,7 +18,9 @@
 constexpr int PAIRS = MAP_DIM * (MAP_DIM + 1) / 2, FEATURES = PAIRS + MAP_DIM + 1;
 constexpr int RING = WINDOW + FOLD - 1, ROWS = SINKS + RING;
 constexpr int WARPS = THREADS / 32, LANES = COLUMNS / 4, PARTS = THREADS / LANES;
-constexpr bool ALL_WORK = THREADS == PARTS * LANES && VALUE_DIM % COLUMNS == 0;  // there is something for each thread
+static_assert(PARTS > 0 && WARPS > 2, "a thread or more for each 4 columns; three warps for what `enter` does");
+constexpr bool ALL_COLUMNS = VALUE_DIM == SPLITS * COLUMNS;             // no block goes beyond the value
+constexpr bool ALL_WORK = ALL_COLUMNS && THREADS == PARTS * LANES;      // there is something for each thread
 constexpr int PIECES = (FEATURES + PARTS - 1) / PARTS;  // of the sum, a thread
 constexpr int VALUES = (ROWS + PARTS - 1) / PARTS;      // rows of values a thread
 
@@ -65,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
     __shared__ signed char sort[SORTS];
     const int t = threadIdx.x, split = blockIdx.x, g = blockIdx.y;
     const size_t b = blockIdx.z, bg = b * gridDim.y + g;
-    const size_t own = bg * gridDim.x + split;  // this block's counter and normaliser
+    const size_t own = bg * SPLITS + split;  // this block's counter and normaliser
     const int part = t / LANES, column = split * COLUMNS + t % LANES * 4;
     const bool works = ALL_WORK || part < PARTS && column < VALUE_DIM;
     total += bg * FEATURES * VALUE_DIM;
@@ -208,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
     __syncthreads();
     for (int i = t; i < HEADS * LANES; i += THREADS) {
         const int h = i / LANES, c = i % LANES * 4;
-        if (split * COLUMNS + c >= VALUE_DIM) continue;
+        if (!ALL_COLUMNS && split * COLUMNS + c >= VALUE_DIM) continue;
         float4 sum = scores[ROWS][h] * widen(*reinterpret_cast<const RawValue*>(in.value + c));
 #pragma unroll 8
         for (int p = 0; p < PARTS; p++) add(sum, 1, reinterpret_cast<const float4*>(parts)[p * HEADS * LANES + i]);
