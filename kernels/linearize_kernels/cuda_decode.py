@@ -16,7 +16,7 @@ from .feature_maps import Taylor
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
 THREADS = 256  # of a block, where nobody asks for another launch
 MAX_STATIC = 48 << 10  # bytes of shared memory that a kernel may declare
-THREE_EACH = 396  # blocks: as many as three a multiprocessor of a large GPU
+THREE_EACH = 396  # blocks that all run at once as three a multiprocessor of a large GPU, with more registers than four
 FEWEST_BLOCKS = 1  # below so many "auto" takes Triton
 EAGER_VALUES = 8  # rows of values that a thread may hold before it knows which it needs
 
@@ -106,7 +106,10 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
 
 
 def _in_pieces(x, size: int) -> bool:
-    """Whether x, [B, heads, 1, N], can be read in pieces of `size` elements."""
+    """Whether rows of x, [B, heads, 1, N], begin on whole pieces of `size` elements, read or written at once.
+
+    The stride of a dim of length 1 means nothing.
+    """
     strides = (stride for length, stride in zip(x.shape[:2], x.stride()[:2], strict=True) if length > 1)
     return x.stride(-1) == 1 and x.data_ptr() % (size * x.itemsize) == 0 and all(s % size == 0 for s in strides)
 

@@ -58,7 +58,7 @@ struct Token {  // at the first query head of a kv head; the value at the block'
     const Q_FAR* q_far;
     const K_FAR* k_far;
     const GATE* gate;
-    int q_h, qf_h, g_h, columns;  // from a query head to the next; columns of the value from v on, none where not above 0
+    int q_h, qf_h, g_h, columns;  // from a query head to the next; columns of the value from v on (0 or less: none)
 
     static constexpr int EACH = 16 / ELEMENT_BYTES, QUERY = DIM / EACH;  // elements of a piece; pieces of a query
     static constexpr int KEY = HEADS * QUERY, VALUE = KEY + HEAD_DIM / EACH, FAR_OF_Q = VALUE + LANES;
