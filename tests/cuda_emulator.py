@@ -18,6 +18,10 @@ OPTIONS = ["-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "
 KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\(.*?\)\s+)?(\w+)\(")
 MESSAGE = """
 extern "C" const char* emulated_message() { return emulator::message; }
+extern "C" int emulated_static_bytes() {
+    using namespace emulator;
+    return __start_shared_memory ? __stop_shared_memory - __start_shared_memory : 0;
+}
 """
 LAUNCH = """
 extern "C" int emulated_launch_%s(const int* size, int shared, int reverse, void** args) {
@@ -32,7 +36,10 @@ def _folder() -> Path:
 
 
 class EmulatedKernel:
-    """A kernel on CPU tensors. reverse: threads run in the opposite order, which must change nothing."""
+    """A kernel on CPU tensors. reverse: threads run in the opposite order, which must change nothing.
+
+    static_bytes: of shared memory that the kernels of its file declare.
+    """
 
     registers = spills = 0
 
@@ -48,6 +55,7 @@ class EmulatedKernel:
             assert result.returncode == 0, result.stderr
         self.library = ctypes.CDLL(f"{stem}.so")
         self.library.emulated_message.restype = ctypes.c_char_p
+        self.static_bytes = self.library.emulated_static_bytes()
         self.launch = self.library[f"emulated_launch_{name}"]
         self.shared_bytes, self.reverse = shared_bytes, reverse
 

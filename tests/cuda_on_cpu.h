@@ -2,11 +2,13 @@
 // another. Included before the source by cuda_emulator.py.
 //
 // What it sees and a GPU may not: threads that do not meet at the same barrier (also within a warp), reads of shared
-// memory that nothing wrote (it holds NaN at the start of a block), writes past dynamic shared memory, and, as fibers
-// run one at a time in an order that can be reversed, most uses of shared memory without a barrier between.
+// memory that nothing wrote (it holds NaN at the start of a block), writes past dynamic shared memory, pages that may not
+// be touched (tests/guarded.py), and, as fibers run one at a time in an order that can be reversed, most uses of shared
+// memory without a barrier between.
 // Warp functions take the full mask only. Blocks cannot wait for each other.
 #pragma once
 #include <csetjmp>
+#include <csignal>
 #include <cmath>
 #include <cstdarg>
 #include <cstdint>
@@ -54,6 +56,8 @@ struct Barrier {
     const char* file = "";
 };
 
+struct PendingCopy { unsigned char* to; const void* from; int bytes; };  // tensor_cores.cuh
+
 struct Fiber {
     ucontext_t context;
     jmp_buf at;
@@ -63,6 +67,8 @@ struct Fiber {
     Barrier* waits;
     unsigned long since;
     unsigned exchanges;
+    std::vector<PendingCopy> copies;  // that have not landed
+    std::vector<size_t> commits;      // how many there were when a group was closed
 };
 
 struct Warp {
@@ -187,6 +193,8 @@ inline void prepare(int threads) {
         f.started = f.done = false;
         f.waits = nullptr;
         f.exchanges = 0;
+        f.copies.clear();
+        f.commits.clear();
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = f.stack.data();
         f.context.uc_stack.ss_size = STACK;
@@ -194,6 +202,21 @@ inline void prepare(int threads) {
         makecontext(&f.context, start, 0);
     }
 }
+
+// While a kernel runs, a read or write of memory that nobody has is its failure, not the end of the process.
+struct CatchFaults {
+    struct sigaction before;
+    CatchFaults() {
+        struct sigaction action = {};
+        action.sa_flags = SA_SIGINFO | SA_NODEFER;
+        action.sa_sigaction = [](int, siginfo_t* info, void*) {
+            fail("thread %u of block (%u, %u, %u) reads or writes at %p, where nothing is", current->index.x, blockIdx.x,
+                 blockIdx.y, blockIdx.z, info->si_addr);
+        };
+        sigaction(SIGSEGV, &action, &before);
+    }
+    ~CatchFaults() { sigaction(SIGSEGV, &before, nullptr); }
+};
 
 extern "C" char __start_shared_memory[] __attribute__((weak));
 extern "C" char __stop_shared_memory[] __attribute__((weak));
@@ -212,6 +235,7 @@ int launch(void (*kernel)(A...), std::index_sequence<I...>, const int* size, int
     blockDim = {unsigned(size[3]), unsigned(size[4]), unsigned(size[5])};
     int threads = size[3] * size[4] * size[5];
     message[0] = 0;
+    CatchFaults catch_faults;
     if (threads % 32) return snprintf(message, sizeof message, "%d threads: no whole warps", threads);
     body = [=] { kernel(*static_cast<std::remove_reference_t<A>*>(args[I])...); };
     for (unsigned z = 0; z < gridDim.z; z++)

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 
 import cuda_emulator
 import decode_inputs
+import guarded
 import pico
 import pytest
 import torch
@@ -27,6 +28,7 @@ ON_GPU = torch.cuda.is_available()
 WHY_NOT = cuda.why_not("cuda") if ON_GPU else cuda_emulator.WHY_NOT
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 GUARD = 64  # elements before and after a tensor that must stay as they are
+BEHIND = GUARD if ON_GPU else 0  # in the emulator the memory ends with the tensor, and nothing may be touched behind it
 
 
 @pytest.fixture(autouse=True)
@@ -52,15 +54,17 @@ def guard(state: DecodeState):
     homes = {}
     for name in (f.name for f in fields(state) if f.name != "window"):
         x = getattr(state, name)
-        home = torch.full((x.numel() + 2 * GUARD,), 77, dtype=x.dtype, device=x.device)
-        home[GUARD:-GUARD] = x.flatten()
-        homes[name] = home
+        size = GUARD + x.numel() + BEHIND
+        home = torch.empty(size, dtype=x.dtype, device=x.device) if ON_GPU else guarded.empty(size, x.dtype)
+        homes[name] = home.fill_(77)
+        home[GUARD : size - BEHIND] = x.flatten()
 
     def check():
         for name, home in homes.items():
-            assert (home[:GUARD] == 77).all() and (home[-GUARD:] == 77).all(), f"a write beside {name}"
+            before, after = home[:GUARD], home[len(home) - BEHIND :]
+            assert (before == 77).all() and (after == 77).all(), f"a write beside {name}"
 
-    views = {name: home[GUARD:-GUARD].view(getattr(state, name).shape) for name, home in homes.items()}
+    views = {n: home[GUARD : len(home) - BEHIND].view(getattr(state, n).shape) for n, home in homes.items()}
     return replace(state, **views), check
 
 
@@ -68,10 +72,13 @@ def step(token, state, options, launch=None):
     """One token's output, in memory that held NaN, with guards around it."""
     q, v = token["q"], token["v"]
     home = torch.full((q.shape[0] + 2, q.shape[1], 1, v.shape[-1]), torch.nan, dtype=q.dtype, device=DEVICE)
-    launch_decode(
+    kernel = launch_decode(
         *(token[n] for n in ("q", "k", "v", "q_far", "k_far", "gate")),
         state, options["scaling"], options["log_decay"], home[1:-1], launch,
     )  # fmt: skip
+    if not ON_GPU:
+        most = cuda_decode._static_bytes(state, q.shape[1] // state.keys.shape[1])
+        assert kernel.static_bytes <= most, "more shared memory than `why_not` knows of"
     assert home[0].isnan().all() and home[-1].isnan().all(), "a write beside the output"
     return home[1:-1]
 
@@ -82,6 +89,8 @@ def relative(got, expected):
 
 def check(prompt=12, sum_dtype=torch.float32, splits=1, launch=None, tolerance=1e-5, **case):
     inputs, options, valid = make(prompt=prompt, **case)
+    if not ON_GPU:
+        inputs = {n: guarded.copy(x) for n, x in inputs.items()}
     exact = {n: x.double() for n, x in inputs.items()}
     expected, last = attention_quadratic(**exact, valid=valid, **options, return_state=True)
     state, unharmed = guard(prefilled(inputs, options, valid, prompt, dtype=sum_dtype, splits=splits))
@@ -105,6 +114,12 @@ CASES = {  # in the emulator each is a compilation of a second
     "8 heads a group, head dim 96, no sinks": {"heads": 8, "head_dim": 96, "sinks": 0, "dtype": BF16},
     "head dim 128, values 40 in 4 splits, window 2": {
         "head_dim": 128, "value_dim": 40, "splits": 4, "window": 2, "batch": 1,
+    },  # fmt: skip
+    "values 112 in 8 splits, one of none": {
+        "head_dim": 16, "heads": 2, "value_dim": 112, "splits": 8, "batch": 1, "dtype": BF16,
+    },  # fmt: skip
+    "values 36 in 4 splits, one of none, eager": {
+        "head_dim": 16, "heads": 2, "value_dim": 36, "splits": 4, "tokens": 8, "launch": EAGER,
     },  # fmt: skip
     "8 splits, eager": {"head_dim": 128, "splits": 8, "dtype": BF16, "far_dtype": BF16, "launch": EAGER},
     "from nothing, eager": {"prompt": 0, "splits": 2, "launch": EAGER},
@@ -218,14 +233,16 @@ def test_rows_at_different_tokens():
 
 
 def test_refusals():
-    def reason(heads=4, **case):
+    def reason(heads=4, splits=1, **case):
         inputs, options, valid = make(prompt=0, tokens=1, **case)
-        return cuda_decode.why_not(prefilled(inputs, options, valid, 0), heads=heads)
+        return cuda_decode.why_not(prefilled(inputs, options, valid, 0, splits=splits), heads=heads)
 
     assert reason() == ""
+    assert reason(heads=16, head_dim=128, window=64, splits=8) == ""
     assert "map dim 5: a multiple of 4" in reason(map_dim=5)
     assert "head dim 36: whole pieces" in reason(head_dim=36, dtype=BF16)
-    assert "value dim 66: a multiple of 4" in reason(value_dim=66)
+    assert "value dim 66 in 1 splits: a multiple of 4" in reason(value_dim=66)
+    assert "up to 1024 a split" in reason(value_dim=1028) and not reason(value_dim=1028, splits=2)
     assert "up to 16 a group" in reason(heads=17)
     assert "shared memory" in reason(heads=16, map_dim=32, head_dim=128)
 
@@ -311,6 +328,21 @@ def test_what_lies_in_no_whole_pieces(moved, dtype):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+def test_strides_that_mean_nothing_or_repeat(dtype):
+    """A single row may have any stride, and one head may stand for all: the same numbers as with dense tensors."""
+    inputs, options, valid = make(batch=1, groups=2, dtype=dtype)
+    token, results = part(inputs, 12, 13), []
+    for n in ("k", "v", "k_far", "gate"):
+        token[n] = token[n][:, :1].expand_as(token[n])
+    odd = token | {n: token[n].as_strided(token[n].shape, (1, *token[n].stride()[1:])) for n in ("q", "k", "v")}
+    odd["q_far"] = torch.stack([token["q_far"]] * 2, -1)[..., 0]
+    dense = {n: x.clone(memory_format=torch.contiguous_format) for n, x in token.items()}
+    for tensors in (dense, odd):
+        results.append(step(tensors, prefilled(inputs, options, valid, 12), options, Launch()))
+    assert torch.equal(*results)
+
+
 GPU_CASES = {
     "common": {},
     "many folds": {"tokens": 300, "window": 16, "batch": 1},
@@ -321,6 +353,7 @@ GPU_CASES = {
     **{f"{h} heads, {g} groups": {"heads": h, "groups": g} for h, g in ((3, 3), (9, 3), (16, 2), (16, 1), (10, 2))},
     **{f"window {w}": {"window": w, "prompt": w + 30} for w in (2, 16, 128, 256)},
     **{f"{n} splits": {"splits": n, "head_dim": 128} for n in (1, 2, 4, 8)},
+    "head dim 112, 8 splits, one of none": {"splits": 8, "head_dim": 112},
     **{f"{n} sinks": {"sinks": n} for n in (0, 1, 16)},
     "decay": {"decay": True},
     "large scores": {"large": 4.0},

@@ -14,8 +14,9 @@ from .decode import FOLD, TARGET_PROGRAMS, DecodeState
 from .feature_maps import Taylor
 
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
+THREADS = 256  # of a block, where nobody asks for another launch
 MAX_STATIC = 48 << 10  # bytes of shared memory that a kernel may declare
-THREE_EACH = 396  # blocks: as many as three a multiprocessor of a large GPU
+THREE_EACH = 396  # blocks that all run at once as three a multiprocessor of a large GPU, with more registers than four
 FEWEST_BLOCKS = 1  # below so many "auto" takes Triton
 EAGER_VALUES = 8  # rows of values that a thread may hold before it knows which it needs
 
@@ -23,7 +24,7 @@ EAGER_VALUES = 8  # rows of values that a thread may hold before it knows which 
 class Launch(NamedTuple):
     """How a block does its work, as decode.cu says; found on an H100 and an H200 (kernels/README.md)."""
 
-    threads: int = 256
+    threads: int = THREADS
     blocks: int = 4  # a multiprocessor, at least: what registers of a thread are limited to
     staged: int = 8  # pieces of the sum that a thread asks for at once
     unroll: int = 3  # and then so many
@@ -34,6 +35,7 @@ def why_not(state: DecodeState, *, heads: int) -> str:
     """Why the kernel cannot take a state of layers of `heads` query heads; empty where it can."""
     groups, head_dim, value_dim = state.keys.shape[1], state.keys.shape[-1], state.values.shape[-1]
     map_dim, size = state.ring_far.shape[-1], state.keys.element_size()
+    splits, widest = state.position.shape[2], 4 * THREADS
     kinds = {state.keys.dtype, state.values.dtype, state.total.dtype, state.ring_far.dtype}
     static = _static_bytes(state, heads // groups)
     checks = {
@@ -41,7 +43,8 @@ def why_not(state: DecodeState, *, heads: int) -> str:
         and state.keys.dtype == state.values.dtype,
         f"head dim {head_dim}: whole pieces of 16 bytes, up to 128": head_dim * size % 16 == 0
         and head_dim <= 128,
-        f"value dim {value_dim}: a multiple of 4": value_dim % 4 == 0,
+        f"value dim {value_dim} in {splits} splits: a multiple of 4, up to {widest} a split": value_dim % 4 == 0
+        and value_dim <= widest * splits,
         f"map dim {map_dim}: a multiple of 4, up to 32": map_dim % 4 == 0 and map_dim <= 32,
         f"{heads} query heads, {groups} kv heads: up to 16 a group": heads % groups == 0 and heads // groups <= 16,
         f"window, sinks and heads need {static} bytes of shared memory: up to {MAX_STATIC}": static <= MAX_STATIC,
@@ -55,7 +58,7 @@ def choose_launch(state: DecodeState, *, heads: int) -> Launch:
     heads: of the queries; a thread has 4 sums for each one of a group.
     """
     few = state.position.numel() <= TARGET_PROGRAMS
-    columns, threads = _columns(state), 256
+    columns, threads = _columns(state.values.shape[-1], state.position.shape[2]), THREADS
     pieces, rows = (-(-size // (threads // (columns // 4))) for size in (state.total.shape[2], state.keys.shape[2]))
     if few:
         return Launch(threads, 1, min(pieces, 16), 4, rows <= EAGER_VALUES)
@@ -89,7 +92,7 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
     defines, shared = _compile_options(
         launch, tuple(x.dtype for x in (q, state.total, state.ring_far, q_far, k_far, gate, out)),
         (heads // groups, q.shape[-1], v.shape[-1], q_far.shape[-1], state.window, state.num_sinks),
-        _columns(state), decay, early,
+        splits, decay, early,
     )  # fmt: skip
     kernel = cuda.kernel("decode.cu", "decode_kernel", defines, shared, device=q.device.index)
     strides = [s for x in (q, k, v, q_far, k_far, gate, out) for s in x.stride()[:2]]
@@ -103,29 +106,33 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
 
 
 def _in_pieces(x, size: int) -> bool:
-    """Whether x, [B, heads, 1, N], can be read in pieces of `size` elements."""
+    """Whether rows of x, [B, heads, 1, N], begin on whole pieces of `size` elements, read or written at once.
+
+    The stride of a dim of length 1 means nothing.
+    """
     strides = (stride for length, stride in zip(x.shape[:2], x.stride()[:2], strict=True) if length > 1)
     return x.stride(-1) == 1 and x.data_ptr() % (size * x.itemsize) == 0 and all(s % size == 0 for s in strides)
 
 
-def _columns(state: DecodeState) -> int:
-    """Value columns of a block: a multiple of 4."""
-    return -(-state.values.shape[-1] // (4 * state.position.shape[2])) * 4
+def _columns(value_dim: int, splits: int) -> int:
+    """Value columns of a block: a multiple of 4; the last blocks may have fewer, or none."""
+    return -(-value_dim // (4 * splits)) * 4
 
 
 @functools.cache
-def _compile_options(launch: Launch, dtypes, sizes, columns: int, decay: bool, early: bool) -> tuple[dict, int]:
+def _compile_options(launch: Launch, dtypes, sizes, splits: int, decay: bool, early: bool) -> tuple[dict, int]:
     """(What decode.cu has to be told, its dynamic shared memory in bytes: the largest of its three uses)."""
     names = ("ELEMENT", "SUM", "RING_FAR", "Q_FAR", "K_FAR", "GATE", "OUT")
     numbers = ("HEADS", "HEAD_DIM", "VALUE_DIM", "MAP_DIM", "WINDOW", "SINKS")
+    columns = _columns(sizes[2], splits)
     parts = launch.threads // (columns // 4)
     features = Taylor.num_features(sizes[3])
     defines = {
         **{name: NAMES[dtype] for name, dtype in zip(names, dtypes, strict=True)},
         **dict(zip(numbers, sizes, strict=True)), "ELEMENT_BYTES": dtypes[0].itemsize,
-        **dict(FOLD=FOLD, DECAY=int(decay), COLUMNS=columns, THREADS=launch.threads, BLOCKS=launch.blocks),
+        **dict(FOLD=FOLD, DECAY=int(decay), SPLITS=splits, COLUMNS=columns),
+        **dict(THREADS=launch.threads, BLOCKS=launch.blocks, EARLY=int(early)),
         **dict(STAGED=min(launch.staged, -(-features // parts)), UNROLL=launch.unroll, EAGER=int(launch.eager)),
-        "EARLY": int(early),
     }
     staged = defines["STAGED"] * launch.threads * 4 * dtypes[1].itemsize
     added = parts * sizes[0] * columns * 4
@@ -136,9 +143,21 @@ def _compile_options(launch: Launch, dtypes, sizes, columns: int, decay: bool, e
 
 
 def _static_bytes(state: DecodeState, group: int) -> int:
-    """Of decode.cu's static shared memory, at most."""
-    size, map_dim, features = state.keys.element_size(), state.ring_far.shape[-1], state.total.shape[2]
-    rows = state.keys.shape[2] + 16 // size * (-(-Launch().threads // (_columns(state) // 4)))  # of scores, padded
-    heads, row = 1 << (group - 1).bit_length(), size << (state.keys.shape[-1] - 1).bit_length()
-    inputs = (group + 1) * row + 4 * _columns(state) + (group * (map_dim + 5) + FOLD * map_dim) * 4
-    return inputs + (features + rows) * heads * 4 + features * 4 + heads * 4 + rows + 1024
+    """Of decode.cu's static shared memory, at most; by its structs and constants, for blocks of THREADS."""
+    rows, head_dim, size = *state.keys.shape[2:], state.keys.element_size()
+    map_dim, features, value_dim = state.ring_far.shape[-1], state.total.shape[2], state.values.shape[-1]
+    columns = _columns(value_dim, state.position.shape[2])
+    parts = max(1, THREADS // (columns // 4))
+    values = -(-rows // parts)
+    rounds = -(-values * size // 16)
+    padded = max(-(-values // rounds) * rounds * parts, rows + 1)  # PADDED
+    sorts = -(-padded // THREADS) * THREADS
+    query = 32 * -(-head_dim // 32) if size == 2 else _power(head_dim)  # DIM
+    inputs = (group * query + head_dim + columns) * size + (group * (map_dim + 5) + FOLD * map_dim) * 4
+    heads = _power(group)  # PAD
+    return inputs + (features + padded) * heads * 4 + (features + heads) * 4 + sorts + 5 * 16  # to begin on 16 bytes
+
+
+def _power(size: int) -> int:
+    """The least power of two that is not below size."""
+    return 1 << (size - 1).bit_length()

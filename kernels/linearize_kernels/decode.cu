@@ -2,13 +2,14 @@
 // and the same state as decode_kernels.py, which says what the features and their order are.
 //
 // Defined by cuda_decode.py: the types ELEMENT (q, k, v and the ring; ELEMENT_BYTES), SUM, RING_FAR, Q_FAR, K_FAR, GATE, OUT; HEADS
-// (query heads a kv head), HEAD_DIM, VALUE_DIM, MAP_DIM, WINDOW, SINKS, FOLD, DECAY; COLUMNS (value columns of a
-// block), THREADS, BLOCKS (a multiprocessor, at least), STAGED, UNROLL, EAGER, EARLY.
+// (query heads a kv head), HEAD_DIM, VALUE_DIM, MAP_DIM, WINDOW, SINKS, FOLD, DECAY; SPLITS (blocks a kv head),
+// COLUMNS (value columns of a block), THREADS, BLOCKS (a multiprocessor, at least), STAGED, UNROLL, EAGER, EARLY.
 //
-// A block owns COLUMNS value columns of one kv head, with its own normaliser and token counter. A thread owns 4 columns
-// and every PARTS-th feature of the sum, and of the ring every PARTS-th value. The sum is most of what is read, and
-// nothing has to be known to ask for it: its first STAGED pieces a thread are on their way to shared memory, to be
-// read by the thread that asked for them, before anything else is done.
+// A block owns COLUMNS value columns of one kv head, with its own normaliser and token counter. The last blocks of a kv
+// head may own fewer or none (112 columns in 8 splits are 7 blocks of 16); they keep their counters all the same. A
+// thread owns 4 columns and every PARTS-th feature of the sum, and of the ring every PARTS-th value. The sum is most of
+// what is read, and nothing has to be known to ask for it: its first STAGED pieces a thread are on their way to shared
+// memory, to be read by the thread that asked for them, before anything else is done.
 // EAGER: keys and values are read before the token counter has come, wanted or not; for few blocks, where the chain of
 // steps counts.
 // EARLY: the kernel may begin while that of the maps (maps.cu) runs, and asks for what the state holds meanwhile.
@@ -17,7 +18,9 @@
 constexpr int PAIRS = MAP_DIM * (MAP_DIM + 1) / 2, FEATURES = PAIRS + MAP_DIM + 1;
 constexpr int RING = WINDOW + FOLD - 1, ROWS = SINKS + RING;
 constexpr int WARPS = THREADS / 32, LANES = COLUMNS / 4, PARTS = THREADS / LANES;
-constexpr bool ALL_WORK = THREADS == PARTS * LANES && VALUE_DIM % COLUMNS == 0;  // there is something for each thread
+static_assert(PARTS > 0 && WARPS > 2, "a thread or more for each 4 columns; three warps for what `enter` does");
+constexpr bool ALL_COLUMNS = VALUE_DIM == SPLITS * COLUMNS;         // every column of every block exists
+constexpr bool ALL_WORK = ALL_COLUMNS && THREADS == PARTS * LANES;  // there is something for each thread
 constexpr int PIECES = (FEATURES + PARTS - 1) / PARTS;  // of the sum, a thread
 constexpr int VALUES = (ROWS + PARTS - 1) / PARTS;      // rows of values a thread
 
@@ -28,8 +31,10 @@ __host__ __device__ constexpr int most(int a, int b) { return a < b ? b : a; }
 constexpr int PAD = power(HEADS);  // heads, padded
 constexpr int VALUE_ROUNDS = EAGER ? 1 : (VALUES * ELEMENT_BYTES + 15) / 16;
 constexpr int VALUE_UNROLL = (VALUES + VALUE_ROUNDS - 1) / VALUE_ROUNDS;  // that a thread holds at once
-constexpr int PADDED = most(VALUE_UNROLL * VALUE_ROUNDS * PARTS, ROWS + 1);  // rows: so that no thread asks for its last
-constexpr int SORTS = (PADDED + THREADS - 1) / THREADS * THREADS;  // padded again: written without a condition
+// Rows of scores: as many as all threads' rounds of values take, so that none has to ask whether a row exists; those
+// beyond the new token's weigh 0. And of `sort`: as many as threads write without a condition.
+constexpr int PADDED = most(VALUE_UNROLL * VALUE_ROUNDS * PARTS, ROWS + 1);
+constexpr int SORTS = (PADDED + THREADS - 1) / THREADS * THREADS;
 constexpr float LOG2E = 1.4426950408889634f;
 #define NEVER __uint_as_float(0xff800000u)      // -infinity, the score of what is not seen
 enum Sort : signed char { UNSEEN, EXACT, FAR };  // how a row of sinks and ring counts
@@ -65,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
     __shared__ signed char sort[SORTS];
     const int t = threadIdx.x, split = blockIdx.x, g = blockIdx.y;
     const size_t b = blockIdx.z, bg = b * gridDim.y + g;
-    const size_t own = bg * gridDim.x + split;  // this block's counter and normaliser
+    const size_t own = bg * SPLITS + split;  // this block's counter and normaliser
     const int part = t / LANES, column = split * COLUMNS + t % LANES * 4;
     const bool works = ALL_WORK || part < PARTS && column < VALUE_DIM;
     total += bg * FEATURES * VALUE_DIM;
@@ -76,7 +81,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
     ring_kind += bg * RING;
 
     // What waits for nothing is asked for first.
-    const int zero = t / THREADS;  // not known to the compiler, which would wait here for numbers that all threads share
+    // Always 0, which the compiler does not know: a number at one address for all threads it would read to a uniform
+    // register, and wait for it here.
+    const int zero = t / THREADS;
     const int now = position[own + zero], length = now + offset[b + zero];  // this token's; tokens before, less padding
     const float rate = DECAY ? log_decay[g] * LOG2E : 0.f;
     const Fetch<SORTS, signed char> kinds([&](int r) { return ring_kind[min(max(r - SINKS, 0), RING - 1)]; });
@@ -90,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
 #pragma unroll
     for (int i = 0; i < STAGED; i++)
         if (exists(i)) copy_piece_once(staged + i * THREADS, sums + i * STEP);
-    __syncwarp();  // what waits for `now` stays behind them
+    __syncwarp();  // keeps the compiler from putting what needs `now`, and so waits for it, before the copies
     RawValue raw_values[VALUE_UNROLL];
     if (EAGER)
 #pragma unroll
@@ -208,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
     __syncthreads();
     for (int i = t; i < HEADS * LANES; i += THREADS) {
         const int h = i / LANES, c = i % LANES * 4;
-        if (split * COLUMNS + c >= VALUE_DIM) continue;
+        if (!ALL_COLUMNS && split * COLUMNS + c >= VALUE_DIM) continue;
         float4 sum = scores[ROWS][h] * widen(*reinterpret_cast<const RawValue*>(in.value + c));
 #pragma unroll 8
         for (int p = 0; p < PARTS; p++) add(sum, 1, reinterpret_cast<const float4*>(parts)[p * HEADS * LANES + i]);

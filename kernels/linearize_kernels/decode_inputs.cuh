@@ -58,7 +58,7 @@ struct Token {  // at the first query head of a kv head; the value at the block'
     const Q_FAR* q_far;
     const K_FAR* k_far;
     const GATE* gate;
-    int q_h, qf_h, g_h, columns;  // from a query head to the next; columns of the value that there are
+    int q_h, qf_h, g_h, columns;  // from a query head to the next; columns of the value from v on (0 or less: none)
 
     static constexpr int EACH = 16 / ELEMENT_BYTES, QUERY = DIM / EACH;  // elements of a piece; pieces of a query
     static constexpr int KEY = HEADS * QUERY, VALUE = KEY + HEAD_DIM / EACH, FAR_OF_Q = VALUE + LANES;
@@ -72,7 +72,7 @@ struct Token {  // at the first query head of a kv head; the value at the block'
         if (i < VALUE) return *reinterpret_cast<const uint4*>(k + (i - KEY) * EACH);
         if (i < FAR_OF_Q) {
             const int c = 4 * (i - VALUE);
-            return bits(*reinterpret_cast<const typename Raw4<ELEMENT>::type*>(v + (c < columns ? c : 0)));
+            return ALL_COLUMNS || c < columns ? bits(*reinterpret_cast<const RawValue*>(v + c)) : make_uint4(0, 0, 0, 0);
         }
         if (i < FAR_OF_K) return bits(to_float(q_far[(i - FAR_OF_Q) / MAP_DIM * qf_h + (i - FAR_OF_Q) % MAP_DIM]));
         if (i < GATES) return bits(to_float(k_far[i - FAR_OF_K]));
@@ -81,7 +81,7 @@ struct Token {  // at the first query head of a kv head; the value at the block'
     __device__ __forceinline__ void put(Inputs& in, int i, uint4 x) const {
         if (i < KEY) *reinterpret_cast<uint4*>(&in.queries[0][0] + i * EACH) = x;
         else if (i < VALUE) *reinterpret_cast<uint4*>(in.key + (i - KEY) * EACH) = x;
-        else if (i < FAR_OF_Q) put_bits(reinterpret_cast<Raw4<ELEMENT>::type*>(in.value + 4 * (i - VALUE)), x);
+        else if (i < FAR_OF_Q) put_bits(reinterpret_cast<RawValue*>(in.value + 4 * (i - VALUE)), x);
         else if (i < FAR_OF_K) in.far[(i - FAR_OF_Q) / MAP_DIM][(i - FAR_OF_Q) % MAP_DIM] = __uint_as_float(x.x);
         else if (i < GATES) in.new_far[i - FAR_OF_K] = __uint_as_float(x.x);
         else if (i < END) in.gate[i - GATES] = __uint_as_float(x.x), in.far[i - GATES][MAP_DIM] = 1;

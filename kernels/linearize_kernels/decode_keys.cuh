@@ -17,7 +17,7 @@ struct Place {  // of the new token
 // On tensor cores, 16 rows a warp by 8 heads. The order of a product's terms is free, so a lane takes 8 elements of a
 // row that lie together, and the same of a query, for two steps of 16.
 struct Keys {
-    static constexpr int AT_ONCE = 16 * WARPS, PIECES = (HEAD_DIM + 31) / 32, DIM = 32 * PIECES;
+    static constexpr int AT_ONCE = 16 * WARPS, PIECES = DIM / 32;
     uint4 raw[2][PIECES];
 
     static __device__ __forceinline__ int row(int block, int half) {
@@ -64,7 +64,7 @@ struct Keys {
 
 // By multiply-adds: SHARING lanes share a row, and a lane holds EACH rows.
 struct Keys {
-    static constexpr int SHARING = power(HEAD_DIM / 4), DIM = 4 * SHARING, EACH = least(8, SHARING);
+    static constexpr int SHARING = DIM / 4, EACH = least(8, SHARING);
     static constexpr int TOGETHER = 32 / SHARING * WARPS, AT_ONCE = TOGETHER * EACH;
     float4 raw[EACH];
 

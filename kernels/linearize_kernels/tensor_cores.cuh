@@ -65,17 +65,13 @@ inline void load_matrices_transposed(unsigned (&r)[4], const unsigned char* row)
 }
 
 // A copy lands as late as it may: where its thread waits.
-struct PendingCopy { unsigned char* to; const void* from; int bytes; };
-inline std::vector<PendingCopy> pending_copies[1024];
-inline std::vector<size_t> copies_at_commit[1024];  // how many were pending when a group was closed
-
 template <int BYTES = 16> void copy_async(unsigned char* to, const void* from, bool real) {
     if (uintptr_t(to) % BYTES || uintptr_t(from) % BYTES) emulator::fail("an asynchronous copy off %d bytes", BYTES);
-    pending_copies[emulator::thread()].push_back({to, real ? from : nullptr, BYTES});
+    emulator::current->copies.push_back({to, real ? from : nullptr, BYTES});
 }
 
 inline void land_copies(size_t count) {
-    auto& pending = pending_copies[emulator::thread()];
+    auto& pending = emulator::current->copies;
     for (size_t i = 0; i < count; i++) {
         if (pending[i].from) memcpy(pending[i].to, pending[i].from, pending[i].bytes);
         else memset(pending[i].to, 0, pending[i].bytes);
@@ -84,16 +80,16 @@ inline void land_copies(size_t count) {
 }
 
 inline void wait_for_copies() {
-    land_copies(pending_copies[emulator::thread()].size());
-    copies_at_commit[emulator::thread()].clear();
+    land_copies(emulator::current->copies.size());
+    emulator::current->commits.clear();
 }
 
 inline void commit_copies() {
-    copies_at_commit[emulator::thread()].push_back(pending_copies[emulator::thread()].size());
+    emulator::current->commits.push_back(emulator::current->copies.size());
 }
 
 template <int LEFT> inline void wait_for_groups() {
-    auto& commits = copies_at_commit[emulator::thread()];
+    auto& commits = emulator::current->commits;
     if (commits.size() <= LEFT) return;
     size_t groups = commits.size() - LEFT, landed = commits[groups - 1];
     land_copies(landed);
