@@ -134,7 +134,7 @@ def _compile_options(launch: Launch, dtypes, sizes, splits: int, decay: bool, ea
         **dict(THREADS=launch.threads, BLOCKS=launch.blocks, EARLY=int(early)),
         **dict(STAGED=min(launch.staged, -(-features // parts)), UNROLL=launch.unroll, EAGER=int(launch.eager)),
     }
-    staged = launch.threads * (defines["STAGED"] * 4 * dtypes[1].itemsize + 4)  # and the token counter
+    staged = defines["STAGED"] * launch.threads * 4 * dtypes[1].itemsize
     added = parts * sizes[0] * columns * 4
     each = 8 if parts <= 16 else 4
     at_once = min(parts * each, -(-features // each) * each)

@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
     // Always 0, which the compiler does not know: a number at one address for all threads it would read to a uniform
     // register, and wait for it here.
     const int zero = t / THREADS;
-    const int asked_now = position[own + zero], asked_offset = offset[b + zero];
+    const int now = position[own + zero], length = now + offset[b + zero];  // this token's; tokens before, less padding
     const float rate = DECAY ? log_decay[g] * LOG2E : 0.f;
     const Fetch<SORTS, signed char> kinds([&](int r) { return ring_kind[min(max(r - SINKS, 0), RING - 1)]; });
     const Fetch<FEATURES> fetch_norms([&](int i) { return norm[i]; });
@@ -97,8 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_kernel(
 #pragma unroll
     for (int i = 0; i < STAGED; i++)
         if (exists(i)) copy_piece_once(staged + i * THREADS, sums + i * STEP);
-    const int now = hold_back(asked_now, reinterpret_cast<int*>(reinterpret_cast<RawSum*>(memory) + STAGED * THREADS) + t);
-    const int length = now + asked_offset;  // `now` is this token's number; tokens before it, less padding
+    __syncwarp();  // keeps the compiler from putting what needs `now`, and so waits for it, before the copies
     RawValue raw_values[VALUE_UNROLL];
     if (EAGER)
 #pragma unroll

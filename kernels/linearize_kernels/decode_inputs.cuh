@@ -29,19 +29,6 @@ __device__ __forceinline__ void put_row(float* to, const float (&x)[PAD]) {
     }
 }
 
-// x, through shared memory of this thread: the compiler then leaves what needs x, and so waits for it, behind the copies
-// that stand before.
-__device__ __forceinline__ int hold_back(int x, int* shared) {
-#ifdef CUDA_ON_CPU
-    return *shared = x;
-#else
-    const unsigned at = shared_address(reinterpret_cast<const unsigned char*>(shared));
-    int same;
-    asm volatile("st.volatile.shared.b32 [%1], %2;\n\tld.volatile.shared.b32 %0, [%1];" : "=r"(same) : "r"(at), "r"(x) : "memory");
-    return same;
-#endif
-}
-
 // What a thread brings of SIZE elements.
 template <int SIZE, class T = float> struct Fetch {
     static constexpr int EACH = (SIZE + THREADS - 1) / THREADS;
