@@ -12,8 +12,8 @@ tags: [linearize, linear-attention]
 ---
 # {name}
 
-{base}, converted by [linearize]: its softmax attention was replaced by exact attention on the newest {window} tokens
-and the first {sinks}{far}.
+{base}, converted by [linearize]: its softmax attention was replaced by exact attention on the newest {window}
+tokens{sinks}{far}.
 Its memory does not grow with the text{kept}.
 
 ```python
@@ -51,7 +51,7 @@ def model_card(recipe: Recipe, results: list[StageResult], report: str | None, *
         name=recipe.name,
         base=PurePath(recipe.model.id).name,
         window=window,
-        sinks=attention.sinks,
+        sinks=f" and the first {attention.sinks}" if attention.sinks else "",
         far=_far(attention.feature_map.name, map_dim) if recipe.has_far_term else ", which is all it sees: a baseline",
         kept=f", but for {' and '.join(kept)}, which stayed softmax" if kept else "",
         folder=recipe.output_folder,

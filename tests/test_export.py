@@ -30,6 +30,7 @@ from linearize.convert import convert
 from linearize.errors import ExportError
 from linearize.export import check_free, export
 from linearize.loading import load
+from linearize.model_card import model_card
 from linearize.recipe import load_recipe
 from linearize_eval.report_text import write_number
 
@@ -195,6 +196,9 @@ def test_the_model_card_has_the_reports_figures(converted):
     assert (converted / "recipe.yaml").read_text() in card
     spec = json.loads((converted / "config.json").read_text())["linear_attention"]
     assert f"linear attention (taylor, dimension {spec['map_dim']}) on everything between" in card
+    recipe = load_recipe(converted / "recipe.yaml", ["attention.sinks=0"])
+    cards = card, model_card(recipe, [], None, window=spec["window"], map_dim=spec["map_dim"])
+    assert [f"newest {spec['window']}\ntokens and the first " in x for x in cards] == [True, False]
 
 
 def test_the_recipe_in_the_folder_reproduces_it(converted, tmp_path):
