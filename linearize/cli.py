@@ -150,8 +150,10 @@ def _add_eval(verbs) -> None:
 def _add_process(verbs) -> None:
     parser = _verb(verbs, "process", _process, "answer every row of a file", examples.PROCESS_EPILOG)
     parser.add_argument("folder", metavar="DIR", help="a converted model")
-    parser.add_argument("source", metavar="IN", help=".jsonl, .parquet, or a folder of Dataset.save_to_disk")
+    parser.add_argument("source", metavar="IN", help=".jsonl, .parquet, a folder of Dataset.save_to_disk, a hub id")
     parser.add_argument("target", metavar="OUT.jsonl", help="one line a row, in order")
+    parser.add_argument("--name", metavar="CONFIG", help="of a hub dataset: which of its configurations")
+    parser.add_argument("--split", metavar="SPLIT", help="of a hub dataset (default train)")
     parser.add_argument("--template", default="{text}", metavar="TEXT", help="the prompt; columns in braces")
     parser.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
     parser.add_argument("--prefix", default="", metavar="TEXT", help="text before every prompt, read once")
@@ -287,8 +289,8 @@ def _process(args: argparse.Namespace) -> None:
     from linearize.process import process
     from linearize.sampling import Sampling
 
-    names = ("folder", "source", "target", "template", "chat", "prefix", "batch", "max_new_tokens", "max_length",
-             "device", "disable_compile", "stop")  # fmt: skip
+    names = ("folder", "source", "target", "name", "split", "template", "chat", "prefix", "batch", "max_new_tokens",
+             "max_length", "device", "disable_compile", "stop")  # fmt: skip
     how = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = Sampling(**{name: getattr(args, name) for name in how})
     process(**{name: getattr(args, name) for name in names}, sampling=sampling, field_name=args.field)

@@ -73,6 +73,7 @@ PROCESS_EPILOG = """\
 examples:
   linearize process runs/my reviews.jsonl out.jsonl --template "Review: {text}\\nThe sentiment is"
   linearize process runs/my rows.parquet out.jsonl --chat --template "Name the towns in: {text}" --batch 256
+  linearize process runs/my stanfordnlp/imdb out.jsonl --split "test[:1000]" --template "Review: {text}\\nIt is"
   accelerate launch -m linearize.cli process runs/my rows.jsonl out.jsonl     on several GPUs
 where layers or kv heads keep softmax, a row's memory grows with it: all prompts are counted first, or give --max-length
 an output line is the row, its number as "row" (whatever that column was) and its answer; OUT.errors.jsonl holds those

@@ -24,7 +24,7 @@ from .decoding import CHECK_EVERY, Decoder, has_stop
 from .errors import LinearizeError
 from .kept_softmax import has_softmax
 from .loading import load
-from .process_files import BrokenRow, Output, open_rows
+from .process_files import BrokenRow, Output, is_from_hub, open_rows
 from .process_prompts import Prompts, check_template
 from .sampling import Sampling
 from .state import TOKENS_AT_ONCE, State, read
@@ -44,12 +44,14 @@ class _Slot:
     answer: list = field(default_factory=list)
 
 
-def process(folder, source, target, *, template: str = "{text}", chat: bool = False, prefix: str = "",
-            batch: int | None = None, max_new_tokens: int = 64, max_length: int | None = None,
-            sampling: Sampling | None = None, stop: Sequence[str] = (), field_name: str = "output",
-            device: str = "auto", mode: str = "auto", disable_compile: bool | None = None) -> dict:  # fmt: skip
-    """Answers every row of `source` (.jsonl, .parquet or a dataset's folder) into the .jsonl file `target`.
+def process(folder, source, target, *, name: str | None = None, split: str | None = None, template: str = "{text}",
+            chat: bool = False, prefix: str = "", batch: int | None = None, max_new_tokens: int = 64,
+            max_length: int | None = None, sampling: Sampling | None = None, stop: Sequence[str] = (),
+            field_name: str = "output", device: str = "auto", mode: str = "auto",
+            disable_compile: bool | None = None) -> dict:  # fmt: skip
+    """Answers every row of `source` (.jsonl, .parquet, a dataset's folder or hub id) into the .jsonl file `target`.
 
+    name, split: of a hub dataset, which of its configurations and splits (by default "train").
     template: the prompt, with a row's columns in braces. prefix: text before every prompt, read once; in a chat it is
     in the message. batch: None takes what half of the free memory holds. max_length: the most tokens of a row,
     prefix, prompt and answer; longer rows are errors. None: what the longest row needs, for which all prompts are
@@ -59,13 +61,15 @@ def process(folder, source, target, *, template: str = "{text}", chat: bool = Fa
     line is the row with its number as "row" and the answer under `field_name`, a column that no row may have. Returns
     this process's counts. Raises DataError for a file or template that does no row any good.
     """
-    rows = open_rows(source)
+    rows = open_rows(source, name=name, split=split)
     total = len(rows)
     check_template(template, rows, answer=field_name)
     processes, rank, world = _processes(device)
-    output = Output(target, source=source, rank=rank, world=world)
+    from_hub = is_from_hub(source)
+    output = Output(target, source=None if from_hub else source, rank=rank, world=world)
     with closing(output):
-        settings = dict(model=str(Path(folder).resolve()), source=str(Path(source).resolve()), template=template,
+        where = [str(source), name, split] if from_hub else str(Path(source).resolve())
+        settings = dict(model=str(Path(folder).resolve()), source=where, template=template,
                         chat=chat, prefix=prefix, max_new_tokens=max_new_tokens, max_length=max_length,
                         sampling=asdict(sampling or Sampling()), stop=list(stop), field_name=field_name)  # fmt: skip
         output.check_settings(settings, rows=total, first=rank == 0)

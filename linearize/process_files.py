@@ -18,8 +18,10 @@ from pathlib import Path
 
 from .errors import DataError
 from .file_lock import lock
+from .hub_datasets import is_hub_id, load_hub
 from .whole_folder import check_folder_of, write_json
 
+FILE_TYPES = (".jsonl", ".json", ".parquet")
 SYNC_EVERY = 1.0  # seconds; a wait for the disk after each row would cost more than a short answer
 
 
@@ -51,9 +53,17 @@ class _JsonLines:
                     yield BrokenRow(line.decode("utf-8", "backslashreplace").rstrip("\r\n"), reason)
 
 
-def open_rows(source) -> Collection:
-    """The rows in order, as often as wanted; a line that is no JSON comes as a BrokenRow. Raises DataError."""
+def open_rows(source, *, name: str | None = None, split: str | None = None) -> Collection:
+    """The rows in order, as often as wanted; a line that is no JSON comes as a BrokenRow. Raises DataError.
+
+    name, split: of a hub dataset, which of its configurations and splits (by default "train").
+    """
     path = Path(source)
+    if is_from_hub(source):
+        advice = "Check the id, --name, --split and connection, or give a local file."
+        return load_hub(str(source), name, split or "train", advice=advice)
+    if name is not None or split is not None:
+        raise DataError(f"{source} is no dataset of the hub: --name and --split choose what to read of one")
     if path.is_file() and not os.access(path, os.R_OK):
         raise DataError(f"{source} is not yours to read: chmod u+r {source}, or ask its owner")
     if path.suffix in (".jsonl", ".json") and path.is_file():
@@ -65,7 +75,14 @@ def open_rows(source) -> Collection:
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
         raise DataError(f"{source} holds several splits: give the folder of one, {source}/NAME, of {splits}")
-    raise DataError(f"{source}: no such .jsonl or .parquet file, nor a folder made by Dataset.save_to_disk")
+    raise DataError(
+        f"{source}: no such .jsonl or .parquet file, nor a folder made by Dataset.save_to_disk, nor a dataset's id"
+    )
+
+
+def is_from_hub(source) -> bool:
+    """Whether rows are read from a dataset of the hub."""
+    return is_hub_id(str(source), FILE_TYPES)
 
 
 def _read_dataset(path: Path, read):

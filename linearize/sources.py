@@ -10,12 +10,10 @@ import difflib
 import glob
 import importlib.util
 import json
-import re
 import tempfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -25,13 +23,16 @@ import numpy as np
 from tqdm import tqdm
 
 from linearize.errors import DataError
+from linearize.hub_datasets import hub_errors, is_hub_id, load_hub
 
 FILE_TYPES = (".parquet", ".jsonl", ".json", ".txt")
 SHUFFLE_BUFFER = 1000  # documents held in memory to shuffle a stream
 
 _TYPES = ", ".join(FILE_TYPES)
 _PACKAGE = "package:"
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
+_HUB_ADVICE = (
+    f"Check the id, data.name, data.split and connection, or name local files ({_TYPES}) in data.source."
+)
 _ROLES = {"system", "developer", "user", "assistant", "tool"}
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 
@@ -96,7 +97,7 @@ def find_sources(source: str | list[str]) -> Sources:
     for item in [source] if isinstance(source, str) else source:
         if item.startswith(_PACKAGE):
             files += find_package_files(item)
-        elif _is_hub_id(item):
+        elif is_hub_id(item, FILE_TYPES):
             hub.append(item)
         else:
             files += _find_files(item)
@@ -109,11 +110,6 @@ def find_sources(source: str | list[str]) -> Sources:
     # Links are not resolved otherwise, as what they point to (a blob of a hub cache) may have no file type.
     unique = {path.resolve(): path for path in files}
     return Sources(tuple(unique.values()), tuple(dict.fromkeys(hub)))
-
-
-def _is_hub_id(item: str) -> bool:
-    is_file = Path(item).suffix.lower() in FILE_TYPES or Path(item).expanduser().exists()
-    return not is_file and _HUB_ID.fullmatch(item) is not None
 
 
 def _find_files(item: str) -> list[Path]:
@@ -362,39 +358,16 @@ def _generate_rows(files: list[Path], columns: Columns) -> Iterator[dict]:
 
 def _hub_stream(data: Any, name: str, columns: Columns) -> Iterator[Document]:
     rows = _load_hub(data, name, columns).shuffle(seed=data.seed, buffer_size=SHUFFLE_BUFFER)
-    with _hub_errors(name):
+    with hub_errors(name, _HUB_ADVICE):
         for row in rows:
             yield columns.document(row, where=f"hub dataset {name!r}")
 
 
 def _load_hub(data: Any, name: str, columns: Columns) -> Any:
     """datasets.Dataset, or IterableDataset when streaming, of `user/name` or `user/name@revision`."""
-    import datasets
-
-    path, _, revision = name.partition("@")
-    with _hub_errors(name):
-        options = {"split": data.split, "revision": revision or None, "streaming": data.streaming}
-        rows = datasets.load_dataset(path, data.name, **options)
+    rows = load_hub(name, data.name, data.split, streaming=data.streaming, advice=_HUB_ADVICE)
+    with hub_errors(name, _HUB_ADVICE):
         if rows.column_names is None:  # a stream may not know before its first row
             return rows
         columns.check(rows.column_names, where=f"hub dataset {name!r}")
         return rows.select_columns(list(columns.names))
-
-
-@contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # HfHubHTTPError extends the base of its HTTP client's errors, whichever client that is.
-    http_error = HfHubHTTPError.__bases__[0]
-    try:
-        yield
-    except DataError:
-        raise
-    except (OSError, ValueError, RuntimeError, DatasetsError, http_error) as error:
-        raise DataError(
-            f"hub dataset {name!r} could not be read ({type(error).__name__}: {error}), and no "
-            "local file has that name. Check the id, data.name, data.split and connection, or "
-            f"name local files ({_TYPES}) in data.source."
-        ) from error

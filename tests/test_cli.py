@@ -133,7 +133,7 @@ def test_options_are_frozen():
             "--device",
         ]
         + ["--dtype"],
-        "process": ["--template", "--chat", "--prefix", "--field", "--batch", "--device"]
+        "process": ["--name", "--split", "--template", "--chat", "--prefix", "--field", "--batch", "--device"]
         + ["--max-length", "--disable-compile", *SAMPLING],
         "bench": [],
         "bench kernels": [],

@@ -245,6 +245,30 @@ def test_every_option_of_sampling_reaches_the_rows(folder, tmp_path, monkeypatch
     assert given == [Sampling(0.5, 9, 0.9, 0.1, 1.2, 3)]
 
 
+def test_a_dataset_of_the_hub(folder, tmp_path, monkeypatch):
+    asked, target = [], tmp_path / "out.jsonl"
+
+    def load_dataset(path, name, *, split, revision, streaming):
+        asked.append((path, name, split, revision, streaming))
+        if split == "none":
+            raise ValueError("Unknown split")
+        return datasets.Dataset.from_dict({"text": ["so", "no"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    words = ["process", folder, "user/set@v1", target, "--name", "plain", "--split", "test"]
+    for _ in range(2):  # the second time there is nothing left to do
+        assert cli.main([*map(str, words), "--max-new-tokens", "2", "--device", "cpu"]) == 0
+        assert [row["text"] for row in lines(target)] == ["so", "no"]
+    assert asked == [("user/set", "plain", "test", "v1", False)] * 2
+    with pytest.raises(DataError, match="answered with another source"):
+        process_module.process(folder, "user/set@v1", target, name="plain", max_new_tokens=2, device="cpu")
+    assert asked[-1][2] == "train"
+    with pytest.raises(DataError, match="hub dataset 'user/set' could not be read .*--split"):
+        process_module.process(folder, "user/set", tmp_path / "other.jsonl", split="none")
+    with pytest.raises(DataError, match="in.jsonl is no dataset of the hub: --name and --split"):
+        process_module.process(folder, write(tmp_path / "in.jsonl", [{"text": "so"}]), target, split="test")
+
+
 def test_what_is_refused(folder, tmp_path):
     with pytest.raises(DataError, match="no such .jsonl or .parquet"):
         run(folder, tmp_path / "none.jsonl", tmp_path / "out")
