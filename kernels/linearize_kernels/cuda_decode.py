@@ -76,9 +76,9 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
     """
     heads, groups, splits = q.shape[1], k.shape[1], state.position.shape[2]
     q_far, k_far = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_far, k_far))
-    q, k, v = (x if _in_pieces(x, n) else x.clone(memory_format=torch.contiguous_format)
+    q, k, v = (x if in_pieces(x, n) else x.clone(memory_format=torch.contiguous_format)
                for x, n in ((q, 16 // q.itemsize), (k, 16 // k.itemsize), (v, 4)))  # fmt: skip
-    if not _in_pieces(out, 4):
+    if not in_pieces(out, 4):
         dense = torch.empty_like(out, memory_format=torch.contiguous_format)
         kernel = launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, dense, launch, early=early)
         out.copy_(dense)
@@ -105,7 +105,7 @@ def launch_decode(q, k, v, q_far, k_far, gate, state, scaling, log_decay, out, l
     return kernel
 
 
-def _in_pieces(x, size: int) -> bool:
+def in_pieces(x, size: int) -> bool:
     """Whether rows of x, [B, heads, 1, N], begin on whole pieces of `size` elements, read or written at once.
 
     The stride of a dim of length 1 means nothing.

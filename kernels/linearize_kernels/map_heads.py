@@ -5,7 +5,7 @@ import triton
 
 from . import cuda
 from . import map_kernels as kernels
-from .cuda_decode import NAMES
+from .cuda_decode import NAMES, in_pieces
 
 ROWS, WARPS = 4, 4  # of maps.cu: rows of a warp, warps of a block
 
@@ -29,8 +29,7 @@ def map_heads(x, weight, bias, *, in_cuda: bool = False):
 def _in_cuda(x, weight, bias, out) -> None:
     (batch, heads, _, head_dim), columns = x.shape, out.shape[3]
     assert head_dim % 4 == 0 and head_dim <= 128, "a lane takes 4 of at most 128 entries"
-    in_pieces = x.data_ptr() % (4 * x.itemsize) == x.stride(0) % 4 == x.stride(1) % 4 == 0 and x.stride(3) == 1
-    x = x if in_pieces else x.clone(memory_format=torch.contiguous_format)
+    x = x if in_pieces(x, 4) else x.clone(memory_format=torch.contiguous_format)
     defines = dict(ELEMENT=NAMES[x.dtype], HEAD_DIM=head_dim, COLUMNS=columns, WARPS=WARPS)
     kernel = cuda.kernel("maps.cu", "map_kernel", defines, device=x.device.index)
     grid = heads, triton.cdiv(batch, ROWS * WARPS), 1
