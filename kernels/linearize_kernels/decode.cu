@@ -43,14 +43,16 @@ using RawSum = Raw4<SUM>::type;
 using RawValue = Raw4<ELEMENT>::type;
 using RawFar = Raw4<RING_FAR>::type;
 
-// A feature of x, without the 1/2 of squares.
-__device__ __forceinline__ float expand(const float* x, int feature) {
-    if (feature < PAIRS) {
-        const int i = feature % MAP_DIM, j = i + feature / MAP_DIM;
-        return x[i] * x[j < MAP_DIM ? j : j - MAP_DIM];
+// A feature is x[i] * x[j], where a 1 stands at x[MAP_DIM]; without the 1/2 of squares.
+struct Factors {
+    int i, j;
+
+    __device__ __forceinline__ explicit Factors(int feature) {
+        i = feature < PAIRS ? feature % MAP_DIM : feature - PAIRS;
+        const int next = i + feature / MAP_DIM;
+        j = feature >= PAIRS ? MAP_DIM : next < MAP_DIM ? next : next - MAP_DIM;
     }
-    return feature < PAIRS + MAP_DIM ? x[feature - PAIRS] : 1.f;
-}
+};
 
 #include "decode_inputs.cuh"
 #include "decode_fold.cuh"

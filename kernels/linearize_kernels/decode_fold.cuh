@@ -40,7 +40,9 @@ __device__ __forceinline__ void fold(unsigned char* memory, SUM* total, float* n
             float weight = f < FEATURES && sort[(folded + token) % RING] != UNSEEN ? 1.f : 0.f;
             if (f < MAP_DIM) weight *= 0.5f;
             if (DECAY) weight *= exp2f(rate * (FOLD + WINDOW - 1 - token));
-            (&features[0][0])[i] = weight * expand(x[token], min(f, FEATURES - 1));
+            const Factors at(min(f, FEATURES - 1));
+            const float left = at.i < MAP_DIM ? x[token][at.i] : 1.f, right = at.j < MAP_DIM ? x[token][at.j] : 1.f;
+            (&features[0][0])[i] = weight * (left * right);
         }
         __syncthreads();
         const float kept = DECAY ? exp2f(rate * FOLD) : 1.f;

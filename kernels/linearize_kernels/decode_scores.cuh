@@ -4,11 +4,10 @@
 
 __device__ __forceinline__ void put_features(const Inputs& in, float (*features)[PAD]) {
     for (int f = threadIdx.x; f < FEATURES; f += THREADS) {
-        const int i = f < PAIRS ? f % MAP_DIM : f - PAIRS, next = i + f / MAP_DIM;  // of two factors; a 1 is at MAP_DIM
-        const int j = f >= PAIRS ? MAP_DIM : next < MAP_DIM ? next : next - MAP_DIM;
+        const Factors at(f);
         float x[PAD];
 #pragma unroll
-        for (int h = 0; h < PAD; h++) x[h] = h < HEADS ? in.far[h][i] * in.far[h][j] : 0.f;
+        for (int h = 0; h < PAD; h++) x[h] = h < HEADS ? in.far[h][at.i] * in.far[h][at.j] : 0.f;
         put_row(features[f], x);
     }
 }
