@@ -1,5 +1,7 @@
 """The drift of sums in bfloat16: the model of the benchmark is the decode kernels' own fold."""
 
+from itertools import pairwise
+
 import cuda_emulator
 import pytest
 import torch
@@ -30,7 +32,7 @@ def test_the_sum_is_the_kernels(dtype, monkeypatch):
         decode(**part(inputs, t, t + 1), state=state, scaling=options["scaling"], launch=launch)
     total = torch.zeros_like(state.total[0])
     edges = [0, *(i * FOLD - (window - 1) for i in range(1, folds + 1))]  # first come the empty slots of a short past
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         features = bench_drift.key_features(inputs["k_far"][0, :, start:end])
         total = bench_drift.fold(total, features, inputs["v"][0, :, start:end])
     same = (state.total[0] == total).float().mean()

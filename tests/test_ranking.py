@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -301,7 +302,7 @@ def test_rank_layers_then_convert_goes_on(paths, tmp_path, capsys):
     teacher = [c["perplexity"] for c in result["teacher"]["copy"]]
     assert [c["perplexity"] for c in result["curve"][-1]["copy"]] == pytest.approx(teacher, rel=1e-4)
     sizes = [result["none"], *result["curve"]]
-    grown = [after["state_bytes"] - before["state_bytes"] for before, after in zip(sizes, sizes[1:], strict=False)]
+    grown = [after["state_bytes"] - before["state_bytes"] for before, after in pairwise(sizes)]
     assert len(set(grown)) == 1 and sizes[-1]["state_bytes"] == 3 * 4096 * 2 * 2 * 8 * 4
     chain = [layer for layer, _ in result["chain"]]
     assert f"keep_softmax: {{layers: {sorted(chain)}}}" in said
